@@ -1,0 +1,278 @@
+"""Lightning attention in chunks: every product batched over chunks, one short loop carrying the state.
+
+Forward, for a chunk of n tokens, i and j counted from its start, S the state before it:
+    o_i = Σ_{j ≤ i} λ^(i-j) (q_i·k_j) v_j + λ^(i+1) q_i S                              (1)
+    S  ← λ^n S + Σ_j λ^(n-1-j) k_jᵀ v_j                                                (2)
+Backward, with P = (q kᵀ) ⊙ M, A = (do vᵀ) ⊙ M, M[i, j] = λ^(i-j), and dS the gradient of the state after the chunk:
+    dq_i = (A k)_i + λ^(i+1) do_i Sᵀ                                                   (3)
+    dk_j = (Aᵀ q)_j + λ^(n-1-j) v_j dSᵀ                                                (4)
+    dv_j = (Pᵀ do)_j + λ^(n-1-j) k_j dS                                                (5)
+    dS  ← λ^n dS + Σ_i λ^(i+1) q_iᵀ do_i                                               (6)
+    d log λ = Σ_ij (i-j) (q kᵀ ⊙ A)_ij + Σ_i (i+1) q_i·dq_i' + Σ_j (n-1-j) k_j·dk_j' + n λ^n ⟨S, dS⟩   (7)
+where ' marks the second summand of (3) and (4). The states are recomputed in the backward pass: what it stores is
+its inputs. Equations (1), (2): Qin et al. 2024, "Lightning Attention-2", arXiv:2401.04658.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .decay import causal_decay, powers
+from .validation import MIN_LENGTH, compute_type, expand_heads, vector_length
+
+
+class Layout(NamedTuple):
+    """Where N chunks of C slots lie in the tokens, and which sequence each of them belongs to."""
+
+    size: int  # C
+    lengths: Tensor  # (N,) tokens in a chunk
+    packed: (
+        "Packing | None"  # None: every row of the batch is one sequence, its slots are its tokens in order
+    )
+
+
+class Packing(NamedTuple):
+    """Where the chunks of packed sequences lie."""
+
+    slots: Tensor  # (N·C,) token of each slot, T for an empty one
+    sequence: Tensor  # (N,) sequence of a chunk
+    first: Tensor  # (sequences,) first chunk of a sequence
+    last: Tensor  # (sequences,) last chunk of a sequence
+    empty: Tensor  # (sequences,) whether a sequence has no token
+
+
+class Chunks(NamedTuple):
+    """Inputs cut into chunks, ready for matrix products, and the powers of λ that weigh them."""
+
+    q: Tensor  # (B, H, N, C, D)
+    k: Tensor  # (B, H, N, C, D)
+    v: Tensor  # (B, H, N, C, E)
+    mask: Tensor  # (H, 1, C, C): λ^(i-j)
+    read: Tensor  # (H, 1, C, 1): λ^(i+1)
+    write: Tensor  # (H, N, C, 1): λ^(n-1-j)
+    carry: Tensor  # (H, N, 1, 1): λ^n
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    qk_norm: bool,
+) -> tuple[Tensor, Tensor]:
+    """Equations (1) and (2); returns o (B, H, T, E) in v's type and the final state (sequences, H, D, E)."""
+    layout = _layout(q, v, cu_seqlens)
+    c = _chunks(q, k, v, log_decay, qk_norm, layout)
+    scores = _product(c.q, c.k.mT).mul_(c.mask).tril_()  # (B, H, N, C, C)
+    o = _product(scores.to(c.v.dtype), c.v)  # (B, H, N, C, E)
+    del scores
+    states, update = _states(c, initial_state, layout)
+    o.addcmul_(_product(c.q, states.to(c.q.dtype)), c.read)
+    final = _leave(states, update, c.carry, initial_state, layout)
+    return _unchunk(o, layout, q.shape[2]).to(v.dtype), final
+
+
+def backward(
+    grad_o: Tensor,
+    grad_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    qk_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Equations (3) to (7); returns the gradients of q, k, v, log_decay (H,) and the initial state."""
+    layout = _layout(q, v, cu_seqlens)
+    c = _chunks(q, k, v, log_decay, qk_norm, layout)
+    do = _chunk(grad_o.to(c.v.dtype), layout)  # (B, H, N, C, E)
+    states, _ = _states(c, initial_state, layout)
+    update = _product((c.q * c.read).to(do.dtype).mT, do)
+    grad_states = _scan(update, c.carry, grad_state, layout, reverse=True)  # of the state after each chunk
+    grad_initial = _leave(grad_states, update, c.carry, grad_state, layout, reverse=True)
+    del update
+
+    qk = _product(c.q, c.k.mT)
+    a = _product(do, c.v.mT).mul_(c.mask).tril_()
+    dv = _product((qk * c.mask).tril_().to(do.dtype).mT, do)
+    grad_decay = _by_distance(qk, a)
+    a = a.to(do.dtype)
+    dq, dk = _product(a, c.k), _product(a.mT, c.q)
+    del qk, a
+
+    through = _product(do, states.to(do.dtype).mT).mul_(c.read)  # second summand of (3)
+    steps = torch.arange(1, layout.size + 1, device=q.device)[:, None]
+    grad_decay += (through * c.q * steps).sum((0, 2, 3, 4))
+    dq += through
+    narrow = grad_states.to(do.dtype)
+    through = _product(c.v, narrow.mT).mul_(c.write)  # second summand of (4)
+    rest = (layout.lengths[:, None, None] - steps).clamp(min=0)
+    grad_decay += (through * c.k * rest).sum((0, 2, 3, 4))
+    dk += through
+    dv.addcmul_(_product(c.k, narrow), c.write)
+    carried = (states * grad_states).sum((-2, -1)) * c.carry[..., 0, 0]  # (B, H, N)
+    grad_decay += (carried * layout.lengths).sum((0, 2))
+
+    dq, dk, dv = (_unchunk(x, layout, q.shape[2]) for x in (dq, dk, dv))
+    dk, dv = sum_groups(dk, k.shape[1]), sum_groups(dv, v.shape[1])
+    if qk_norm:
+        dq, dk = unit_length_backward(dq, q), unit_length_backward(dk, k)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), grad_decay, grad_initial
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched matrix product with its sums and its result in float32 (float64 for float64)."""
+    if a.dtype == compute_type(a.dtype):
+        return a @ b
+    return torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32).unflatten(0, a.shape[:-2])
+
+
+def _layout(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Layout:
+    """Lay every sequence out in chunks of its own; shapes depend on shapes only, so that no GPU value is read."""
+    tokens = q.shape[2]
+    size = _chunk_size(tokens, max(q.shape[3], v.shape[3]))
+    if cu_seqlens is None:
+        starts = torch.arange(0, tokens, size, device=q.device)
+        return Layout(size, (tokens - starts).clamp(max=size), None)
+    bounds = cu_seqlens.long()
+    counts = (bounds.diff() + size - 1) // size  # chunks of a sequence
+    ends = counts.cumsum(0)
+    chunk = torch.arange(tokens // size + counts.shape[0], device=q.device)  # as many as there can be
+    sequence = torch.searchsorted(ends, chunk, right=True).clamp(max=counts.shape[0] - 1)
+    starts = bounds[sequence] + (chunk - (ends - counts)[sequence]) * size
+    lengths = (bounds[sequence + 1] - starts).clamp(0, size)
+    slot = torch.arange(size, device=q.device)
+    slots = torch.where(slot < lengths[:, None], starts[:, None] + slot, tokens).flatten()
+    first, last = (ends - counts).clamp(max=len(chunk) - 1), (ends - 1).clamp(min=0)
+    return Layout(size, lengths, Packing(slots, sequence, first, last, counts == 0))
+
+
+def _chunk_size(tokens: int, width: int) -> int:
+    """Work inside a chunk grows with its size, traffic of states falls with it: about the width balances them."""
+    size = 64 if width <= 64 else 128 if width <= 256 else 256
+    while size >= 2 * max(tokens, 16):
+        size //= 2
+    return size
+
+
+def _chunks(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, qk_norm: bool, layout: Layout
+) -> Chunks:
+    wide = compute_type(q.dtype)
+    operand = q.dtype if q.is_cuda else wide  # a CPU has no product of half types with float32 results
+    if qk_norm:
+        q, k = (x.to(wide) / vector_length(x.to(wide)) for x in (q, k))
+    heads = q.shape[1]
+    k, v = expand_heads(k, heads), expand_heads(v, heads)
+    q, k, v = (_chunk(x.to(operand), layout) for x in (q, k, v))
+    log_decay = q.new_zeros(heads, dtype=wide) if log_decay is None else log_decay.to(wide)
+    steps = torch.arange(layout.size, device=q.device)
+    write = (layout.lengths[:, None] - 1 - steps).clamp(min=0)  # (N, C)
+    return Chunks(
+        q,
+        k,
+        v,
+        mask=causal_decay(log_decay, layout.size)[:, None],
+        read=powers(log_decay, steps + 1)[:, None, :, None],
+        write=powers(log_decay, write)[..., None],
+        carry=powers(log_decay, layout.lengths)[..., None, None],
+    )
+
+
+def _chunk(x: Tensor, layout: Layout) -> Tensor:
+    """(B, H, T, D) to (B, H, N, C, D), empty slots zero."""
+    if layout.packed is None:
+        x = F.pad(x, (0, 0, 0, -x.shape[2] % layout.size))
+    else:
+        x = F.pad(x, (0, 0, 0, 1)).index_select(2, layout.packed.slots)
+    return x.unflatten(2, (layout.lengths.shape[0], layout.size))
+
+
+def _unchunk(x: Tensor, layout: Layout, tokens: int) -> Tensor:
+    """(B, H, N, C, D) to (B, H, T, D); a token that `cu_seqlens` leaves out becomes NaN."""
+    x = x.flatten(2, 3)
+    if layout.packed is None:
+        return x[:, :, :tokens].contiguous()
+    out = x.new_full((*x.shape[:2], tokens + 1, x.shape[3]), torch.nan)
+    return out.index_copy_(2, layout.packed.slots, x)[:, :, :tokens].contiguous()
+
+
+def _states(c: Chunks, initial_state: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+    """State before each chunk and the second summand of (2): both (B, H, N, D, E)."""
+    update = _product((c.k * c.write).to(c.v.dtype).mT, c.v)
+    return _scan(update, c.carry, initial_state, layout), update
+
+
+def _scan(
+    update: Tensor, carry: Tensor, start: Tensor | None, layout: Layout, reverse: bool = False
+) -> Tensor:
+    """What arrives at each chunk: `start` at a sequence's first one, then `carry · arrived + update` of the one before.
+
+    update (B, H, N, D, E), carry (H, N, 1, 1), start (sequences, H, D, E) or None for zeros. `reverse` walks from
+    the right, where a sequence begins with its last chunk.
+    """
+    arrived = torch.empty_like(update)
+    if update.shape[2] == 0:
+        return arrived
+    zeros = torch.zeros_like(update[:, :, 0])
+    packed = layout.packed
+    state = zeros if start is None or packed is not None else start
+    if packed is not None:
+        change, edge = packed.sequence.diff() != 0, torch.ones_like(packed.sequence[:1], dtype=torch.bool)
+        begins = torch.cat([change, edge] if reverse else [edge, change])
+    order = range(update.shape[2])
+    for n in reversed(order) if reverse else order:
+        if packed is not None:
+            fresh = zeros if start is None else start.index_select(0, packed.sequence[n : n + 1])
+            state = torch.where(begins[n], fresh, state)
+        arrived[:, :, n] = state
+        state = torch.addcmul(update[:, :, n], state, carry[:, n])
+    return arrived
+
+
+def _leave(
+    arrived: Tensor,
+    update: Tensor,
+    carry: Tensor,
+    start: Tensor | None,
+    layout: Layout,
+    reverse: bool = False,
+) -> Tensor:
+    """What leaves each sequence after its chunks: (sequences, H, D, E); an empty sequence passes `start` on."""
+    packed = layout.packed
+    if packed is None:
+        if arrived.shape[2] == 0:
+            return torch.zeros_like(arrived[:, :, :0].sum(2)) if start is None else start.clone()
+        n = 0 if reverse else -1
+        return torch.addcmul(update[:, :, n], arrived[:, :, n], carry[:, n])
+    outermost = packed.first if reverse else packed.last
+    update, arrived = (x[0].index_select(1, outermost) for x in (update, arrived))  # (H, sequences, D, E)
+    left = torch.addcmul(update, arrived, carry[:, outermost]).transpose(0, 1)
+    passed = torch.zeros_like(left) if start is None else start
+    return torch.where(packed.empty[:, None, None, None], passed, left).contiguous()
+
+
+def _by_distance(qk: Tensor, a: Tensor) -> Tensor:
+    """First summand of (7) for each head: (H,)."""
+    i = torch.arange(qk.shape[-1], device=qk.device)
+    return (qk * a).mul_(i[:, None] - i).sum((0, 2, 3, 4))
+
+
+def sum_groups(x: Tensor, groups: int) -> Tensor:
+    """Sum the gradients of the query heads that share a key/value head: (B, H, T, D) to (B, G, T, D)."""
+    return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
+
+
+def unit_length_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient through x / |x|: what is parallel to x goes, and the rest is divided by |x|."""
+    x = x.to(grad.dtype)
+    length = vector_length(x)
+    unit = x / length
+    parallel = (grad * unit).sum(-1, keepdim=True) * unit
+    constant = length <= MIN_LENGTH  # shorter vectors are divided by a constant
+    return torch.where(constant, grad, grad - parallel) / length

@@ -1,0 +1,43 @@
+"""Decay of the recurrent state: slopes of heads and layers, and powers of λ = exp(log_decay)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def powers(log_decay: Tensor, exponents: Tensor) -> Tensor:
+    """λ^n for every head and exponent: log_decay (H,) ≤ 0, exponents of any shape, ≥ 0; returns (H, *exponents).
+
+    Exponents are never negative: 1/λ^n overflows on long sequences. A positive log_decay gives NaN, so that a
+    wrong value on a GPU, where reading it would stall the stream, can't go unnoticed.
+    """
+    valid = torch.where(log_decay <= 0, log_decay, torch.nan)
+    return torch.exp(valid.view(-1, *[1] * exponents.dim()) * exponents)
+
+
+def causal_decay(log_decay: Tensor, length: int) -> Tensor:
+    """The mask M[i, j] = λ^(i-j) for i ≥ j, else 0: log_decay (H,), returns (H, length, length)."""
+    position = torch.arange(length, device=log_decay.device)
+    distance = (position[:, None] - position).clamp(min=0)
+    return powers(log_decay, distance.to(log_decay.dtype)).tril()
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """Slopes of H heads: geometric from 2^(-8/H); for H not a power of two, filled from the next one.
+
+    Source: Press et al. 2022, "Train Short, Test Long", arXiv:2108.12409, and its published code for other H.
+    """
+    below = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (h + 1) / below) for h in range(below)]
+    between = [2 ** (-4 * (2 * h + 1) / below) for h in range(num_heads - below)]
+    return slopes + between
+
+
+def layer_log_decay(num_heads: int, layer: int, num_layers: int) -> list[float]:
+    """Log-decay of the heads of layer l of N: `-slope_h · (1 - l/(N-1) + 1e-5)`; deeper layers forget less.
+
+    Source: Qin et al. 2023, "TransNormerLLM", arXiv:2307.14995, eq. 6, with the offset of its published code.
+    """
+    rate = 1 - layer / max(num_layers - 1, 1) + 1e-5
+    return [-slope * rate for slope in alibi_slopes(num_heads)]

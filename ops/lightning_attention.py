@@ -1,0 +1,187 @@
+"""Lightning attention: causal linear attention with a decay per head, in time and memory linear in the length."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import chunkwise
+from .validation import (
+    check_choice,
+    check_cu_seqlens,
+    check_log_decay,
+    check_qkv,
+    check_state,
+    compute_type,
+    expand_heads,
+)
+
+BACKENDS = ("auto", "torch", "cuda")
+# A copy of this file that travels with a checkpoint registers operators of its own.
+_NAMESPACE = "".join(c if c.isalnum() else "_" for c in __name__)
+
+
+def lightning_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    qk_norm: bool = False,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal linear attention with decay: `S_t = λ S_{t-1} + k_tᵀ v_t`, `o_t = q_t S_t`, λ = exp(log_decay).
+
+    Args:
+        q: queries (B, H, T, D), float32, bfloat16, float16 or float64, any strides.
+        k: keys (B, G, T, D), G a divisor of H.
+        v: values (B, G, T, E); its number of heads may differ from k's.
+        log_decay: (H,) float32, ≤ 0; None means no decay.
+        qk_norm: divide q and k by their length.
+        initial_state: state before the first token, (B, H, D, E) float32, or (N, H, D, E) with `cu_seqlens`.
+        output_final_state: also return the state after the last token.
+        cu_seqlens: (N+1,) int32, bounds of N sequences packed in a batch of one; each starts from its own state.
+        backend: "torch", "cuda", or "auto" for the fastest that takes the call.
+
+    Returns:
+        o (B, H, T, E) in v's type, and with `output_final_state` the state, float32 (float64 for float64).
+
+    Gradients flow to q, k, v, log_decay and initial_state, once: a second derivative is an error. Under autocast
+    q, k and v are cast to its type. On a GPU the values of log_decay and cu_seqlens are not read, since that would
+    stall it: a positive log_decay, and tokens outside cu_seqlens, give NaN there.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: Qin et al. 2024, "Lightning Attention-2", arXiv:2401.04658.
+    """
+    check_choice("backend", backend, BACKENDS)
+    q, k, v = autocast(q, k, v)
+    check_qkv(q, k, v, same_length=True)
+    check_log_decay(log_decay, q)
+    check_cu_seqlens(cu_seqlens, q)
+    check_state(
+        initial_state, "initial_state", q, v, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    )
+    reason = cuda_unavailable_reason(q)
+    if backend == "cuda" and reason is not None:
+        raise ValueError(f"backend: 'cuda' can't take this call: {reason}")
+    o, state = _forward(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
+    return (o, state) if output_final_state else o
+
+
+def lightning_attention_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor
+) -> Tensor:
+    """One token of lightning attention: updates `state` in place and returns its output; no gradients.
+
+    Args:
+        q: query (B, H, 1, D).
+        k: key (B, G, 1, D), G a divisor of H.
+        v: value (B, G, 1, E).
+        log_decay: (H,) float32, ≤ 0, or None.
+        state: (B, H, D, E) float32 (float64 for float64); becomes `λ S + kᵀ v`.
+
+    Returns:
+        o (B, H, 1, E) in v's type.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    q, k, v = autocast(q, k, v)
+    check_qkv(q, k, v, same_length=True)
+    if q.shape[2] != 1:
+        raise ValueError(f"q: expected 1 token, got {q.shape[2]}")
+    check_log_decay(log_decay, q)
+    if state is None:
+        raise TypeError("state: expected a tensor, got None")
+    check_state(state, "state", q, v, q.shape[0])
+    return _step(q, k, v, log_decay, state)
+
+
+def cuda_unavailable_reason(q: Tensor) -> str | None:
+    """Why the CUDA kernel can't take a call, or None if it can."""
+    return "the CUDA kernel does not exist yet"
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    qk_norm: bool,
+) -> tuple[Tensor, Tensor]:
+    return chunkwise.forward(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
+
+
+@_forward.register_fake
+def _(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm):  # type: ignore[no-untyped-def]
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    o = v.new_empty((*q.shape[:3], v.shape[3]))
+    return o, v.new_empty((sequences, q.shape[1], q.shape[3], v.shape[3]), dtype=compute_type(q.dtype))
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
+def _backward(
+    grad_o: Tensor,
+    grad_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    qk_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return chunkwise.backward(grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
+
+
+@_backward.register_fake
+def _(grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm):  # type: ignore[no-untyped-def]
+    grads = (x.new_empty(x.shape) for x in (q, k, v))
+    return *grads, grad_state.new_empty(q.shape[1:2]), grad_state.new_empty(grad_state.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.qk_norm = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
+    dq, dk, dv, grad_decay, grad_initial = _backward(grad_o, grad_state, *ctx.saved_tensors, ctx.qk_norm)
+    grad_decay = None if log_decay is None else grad_decay.to(log_decay.dtype)
+    return dq, dk, dv, grad_decay, None if initial_state is None else grad_initial, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::step", mutates_args={"state"})
+def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
+    wide = state.dtype
+    k, v = (expand_heads(x, q.shape[1]).to(wide) for x in (k, v))
+    if log_decay is not None:
+        state.mul_(log_decay.to(wide).exp()[:, None, None])
+    state.addcmul_(k.mT, v)  # (B, H, D, 1) · (B, H, 1, E)
+    return (q.to(wide) @ state).to(q.dtype)
+
+
+@_step.register_fake
+def _(q, k, v, log_decay, state):  # type: ignore[no-untyped-def]
+    return v.new_empty((*q.shape[:3], v.shape[3]))
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to autocast's type where it is on, as it does for matrix products; float64 stays."""
+    device = getattr(tensors[0], "device", None)
+    if device is None or not torch.is_autocast_enabled(device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(x if getattr(x, "dtype", None) == torch.float64 else x.to(dtype) for x in tensors)

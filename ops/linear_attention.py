@@ -1,0 +1,154 @@
+"""Masked linear attention: attention without softmax under a mask of any values, `((q kᵀ) ⊙ mask) v`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import blockwise
+from .chunkwise import sum_groups, unit_length_backward
+from .lightning_attention import autocast
+from .validation import check_choice, check_mask, check_qkv, compute_type, expand_heads, unit_length
+
+IMPLEMENTATIONS = ("auto", "normal", "split")
+_AUTO_BLOCK = 512
+
+
+def normal_linear_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`((q kᵀ) ⊙ mask) v` with the scores materialised; the same as `flash_linear_attention(…, "normal")`."""
+    return flash_linear_attention(q, k, v, mask, implementation="normal")
+
+
+def flash_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    qk_norm: bool = False,
+    implementation: str = "auto",
+    q_block_size: int | str = "auto",
+    kv_block_size: int | str = "auto",
+) -> Tensor:
+    """Attention without softmax under a mask of any values, `((q kᵀ) ⊙ mask) v`, the scores never stored.
+
+    Args:
+        q: queries (B, H, Lq, D), float32, bfloat16, float16 or float64, any strides.
+        k: keys (B, G, Lk, D), G a divisor of H.
+        v: values (B, G, Lk, E); its number of heads may differ from k's.
+        mask: (B or 1, H or 1, Lq, Lk), q's type or bool; None means all ones, computed as `q (kᵀ v)`.
+        qk_norm: divide q and k by their length.
+        implementation: "normal" holds all scores, "split" a block of them at a time, "auto" is "split".
+        q_block_size: queries in a block, or "auto".
+        kv_block_size: keys in a block, or "auto".
+
+    Returns:
+        o (B, H, Lq, E) in v's type; sums are kept in float32 (float64 for float64).
+
+    Gradients flow to q, k, v and mask, once: a second derivative is an error. Under autocast q, k, v and a mask of
+    their type are cast to its type.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    sizes = [
+        _block_size(name, size)
+        for name, size in (("q_block_size", q_block_size), ("kv_block_size", kv_block_size))
+    ]
+    same_type = isinstance(mask, Tensor) and isinstance(q, Tensor) and mask.dtype == q.dtype
+    q, k, v = autocast(q, k, v)
+    if same_type:
+        (mask,) = autocast(mask)
+    check_qkv(q, k, v, same_length=False)
+    check_mask(mask, q, k)
+    return _forward(q, k, v, mask, qk_norm, "split" if implementation == "auto" else implementation, *sizes)
+
+
+def _block_size(name: str, size: int | str) -> int:
+    if size == "auto":
+        return _AUTO_BLOCK
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{name}: expected 'auto' or a whole number from 1, got {size!r}")
+    return size
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor, qk_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """H heads everywhere, in the type of sums."""
+    q, k, v = (expand_heads(x, q.shape[1]).to(compute_type(q.dtype)) for x in (q, k, v))
+    return (unit_length(q), unit_length(k), v) if qk_norm else (q, k, v)
+
+
+@torch.library.custom_op("transnormer::masked_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    qk_norm: bool,
+    implementation: str,
+    q_block: int,
+    kv_block: int,
+) -> Tensor:
+    dtype = v.dtype
+    q, k, v = _prepare(q, k, v, qk_norm)
+    if mask is None:
+        o = blockwise.linear_forward(q, k, v)
+    elif implementation == "normal" or 0 in mask.shape:
+        o = blockwise.normal_forward(q, k, v, mask)
+    else:
+        o = blockwise.split_forward(q, k, v, mask, q_block, kv_block)
+    return o.to(dtype)
+
+
+@_forward.register_fake
+def _(q, k, v, mask, qk_norm, implementation, q_block, kv_block):  # type: ignore[no-untyped-def]
+    return v.new_empty((*q.shape[:3], v.shape[3]))
+
+
+@torch.library.custom_op("transnormer::masked_backward", mutates_args=())
+def _backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    mask_grad: bool,
+    qk_norm: bool,
+    implementation: str,
+    q_block: int,
+    kv_block: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = _prepare(q, k, v, qk_norm)
+    do = do.to(wide[0].dtype)
+    if mask is None:
+        grads = blockwise.linear_backward(do, *wide)
+    elif implementation == "normal" or 0 in mask.shape:
+        grads = blockwise.normal_backward(do, *wide, mask, mask_grad)
+    else:
+        grads = blockwise.split_backward(do, *wide, mask, mask_grad, q_block, kv_block)
+    dq, dk, dv = grads[0], sum_groups(grads[1], k.shape[1]), sum_groups(grads[2], v.shape[1])
+    if qk_norm:
+        dq, dk = unit_length_backward(dq, q), unit_length_backward(dk, k)
+    dmask = q.new_empty(0) if grads[3] is None else grads[3].to(q.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dmask
+
+
+@_backward.register_fake
+def _(do, q, k, v, mask, mask_grad, qk_norm, implementation, q_block, kv_block):  # type: ignore[no-untyped-def]
+    dmask = q.new_empty(mask.shape if mask_grad else (0,))
+    return *(x.new_empty(x.shape) for x in (q, k, v)), dmask
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, mask, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, mask)
+
+
+def _differentiate(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+    mask_grad = ctx.needs_input_grad[3]
+    dq, dk, dv, dmask = _backward(do, *ctx.saved_tensors, mask_grad, *ctx.options)
+    return dq, dk, dv, dmask if mask_grad else None, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,1 @@
+"""Everything between documents and checkpoints: corpus, tokenizer, batches, optimizer, checkpoints, metrics."""

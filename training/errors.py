@@ -1,0 +1,46 @@
+"""The reasons for which a run ends early, each with its exit code."""
+
+
+class RunError(Exception):
+    """A failure whose message is for the user: it names the thing, what was expected and what came."""
+
+    exit_code = 1
+
+
+class ConfigError(RunError):
+    """The configuration or the command line is wrong; nothing was written."""
+
+    exit_code = 2
+
+
+class DataError(RunError):
+    """A corpus, a tokenizer or a token file can't be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(RunError):
+    """A checkpoint is missing, incomplete, altered or belongs to another run."""
+
+    exit_code = 4
+
+
+class NonFiniteError(RunError):
+    """The loss or the gradient norm is NaN or infinite."""
+
+    exit_code = 5
+
+
+class PeerError(RunError):
+    """Another process of the run died or did not answer in time."""
+
+    exit_code = 6
+
+
+class ResourceError(RunError):
+    """The disk or the memory is full."""
+
+    exit_code = 7
+
+
+EXIT_SIGTERM = 143
