@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import chunkwise
+from .chunkwise import backward as chunkwise_backward
+from .chunkwise import forward as chunkwise_forward
 from .validation import (
     check_choice,
     check_cu_seqlens,
@@ -117,7 +118,7 @@ def _forward(
     cu_seqlens: Tensor | None,
     qk_norm: bool,
 ) -> tuple[Tensor, Tensor]:
-    return chunkwise.forward(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
+    return chunkwise_forward(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
 
 
 @_forward.register_fake
@@ -139,7 +140,7 @@ def _backward(
     cu_seqlens: Tensor | None,
     qk_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return chunkwise.backward(grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
+    return chunkwise_backward(grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
 
 
 @_backward.register_fake
@@ -154,7 +155,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
+    log_decay, initial_state = ctx.saved_tensors[3:5]
     dq, dk, dv, grad_decay, grad_initial = _backward(grad_o, grad_state, *ctx.saved_tensors, ctx.qk_norm)
     grad_decay = None if log_decay is None else grad_decay.to(log_decay.dtype)
     return dq, dk, dv, grad_decay, None if initial_state is None else grad_initial, None, None

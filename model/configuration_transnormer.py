@@ -1,0 +1,124 @@
+"""Configuration of a TransNormer language model, checked when it is made."""
+
+import difflib
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+QK_NORMS = ("none", "l2")
+DECAYS = ("fixed", "learned", "none")
+
+# Keywords that the library itself hands over, or that it wrote into a config.json.
+_LIBRARY_KEYS = {
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "quantization_config",
+    "torch_dtype",
+}
+
+
+@strict
+class TransnormerConfig(PreTrainedConfig):
+    """Shape and choices of a TransNormer.
+
+    Args:
+        vocab_size: number of token ids V.
+        hidden_size: width C of the residual stream.
+        intermediate_size: inner width of the GLU.
+        num_hidden_layers: number of blocks N.
+        num_attention_heads: query heads H.
+        num_key_value_heads: key/value heads G, a divisor of H; None means H.
+        head_dim: width D of a head; None means hidden_size / num_attention_heads.
+        max_position_embeddings: tokens of a row in training: the default window of evaluation, no limit of the model.
+        qk_norm: "l2" divides q and k by their length, "none" leaves them.
+        decay: slopes of the decay "fixed" (ALiBi, by layer), "learned" (starting there) or "none".
+        lrpe_layers: indices of the layers with a linearized relative positional encoding.
+        scale_embeddings: multiply the embeddings by sqrt(hidden_size).
+        tie_word_embeddings: one matrix for the embeddings and the head.
+        initializer_range: standard deviation of the initial weights.
+        rms_norm_eps: added to the mean square inside every norm.
+        use_cache: return the recurrent state from a forward pass outside training.
+        bos_token_id, eos_token_id, pad_token_id: special ids.
+
+    Raises:
+        ValueError, TypeError: for an unknown field, a wrong type or an impossible shape, saying why.
+    """
+
+    model_type = "transnormer"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the base class annotates it)
+
+    vocab_size: int = 64_000
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    qk_norm: str = "none"
+    decay: str = "fixed"
+    lrpe_layers: list[int] | tuple[int, ...] = (0,)
+    scale_embeddings: bool = True
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = 3
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._refuse_unknown(kwargs)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"head_dim: hidden_size {self.hidden_size} is not a multiple of num_attention_heads"
+                    f" {self.num_attention_heads}; give head_dim, or change one of them"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.lrpe_layers = list(self.lrpe_layers)
+        super().__post_init__(**kwargs)
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        unknown = [key for key in kwargs if key not in _LIBRARY_KEYS and not key.startswith("_")]
+        for key in unknown:
+            fields = [name for name in self.__dataclass_fields__ if not name.startswith("_")]
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{key}: not a field of TransnormerConfig{hint}")
+
+    def validate_architecture(self) -> None:
+        """Refuse impossible shapes; called by the library's strict dataclass after every construction."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a whole number from 1, got {getattr(self, name)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: expected a divisor of num_attention_heads {self.num_attention_heads},"
+                f" got {self.num_key_value_heads}"
+            )
+        for name, valid in (("qk_norm", QK_NORMS), ("decay", DECAYS)):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}")
+        outside = [layer for layer in self.lrpe_layers if not 0 <= layer < self.num_hidden_layers]
+        if outside:
+            raise ValueError(f"lrpe_layers: expected layers from 0 to {self.num_hidden_layers - 1}, got {outside}")
+        for name in ("initializer_range", "rms_norm_eps"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}")
