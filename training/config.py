@@ -1,13 +1,17 @@
 """The configuration of a run: typed, strict, merged from files and command line before anything is written."""
 
+import argparse
 import dataclasses
 import difflib
+import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from jsonargparse import ArgumentParser
 
 from training.errors import ConfigError
 
@@ -214,3 +218,221 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
+class Run:
+    """What a command line asks for: the resolved configuration, the run's folder and how to resume."""
+
+    config: Config
+    out: Path
+    resume: str
+
+
+class _StrictLoader(yaml.BaseLoader):
+    """YAML with every scalar left as its text, so that the field's type decides, and no key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise ConfigError(f"{key.start_mark.name}:{key.start_mark.line + 1}: {key.value} is given twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(argv: list[str], prog: str = "train.py") -> Run:
+    """Merge `--config` files left to right, then the command line's `--section.key value`.
+
+    Args:
+        argv: the arguments after the program's name.
+        prog: the program's name in `--help`.
+
+    Raises:
+        ConfigError: naming the file or key, what was expected, and the nearest valid name of an unknown key.
+    """
+    parser = _parser(prog)
+    files, rest = _split_config_files(argv)
+    arguments = [argument for file in files for argument in _file_arguments(Path(file))]
+    _refuse_unknown_options(rest)
+    try:
+        parsed = parser.parse_args([*arguments, *rest])
+        values = parser.instantiate(parsed)
+    except argparse.ArgumentError as error:
+        raise ConfigError(_readable(str(error))) from None
+    config = Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
+    check(config)
+    return Run(config, Path(values["out"]), values["resume"])
+
+
+def config_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def check(config: Config) -> None:
+    """Refuse values that no run can work with.
+
+    Raises:
+        ConfigError: naming the key, what was expected and what came.
+    """
+    for key, value, least in _lower_bounds(config):
+        if value < least:
+            raise ConfigError(f"{key}: expected {least} or more, got {value}")
+    optim, data = config.optim, config.data
+    if not 0 < optim.lr:
+        raise ConfigError(f"optim.lr: expected a positive number, got {optim.lr}")
+    if not 0 <= optim.min_lr <= optim.lr:
+        raise ConfigError(f"optim.min_lr: expected 0 to optim.lr = {optim.lr}, got {optim.min_lr}")
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(optim, key) < 1:
+            raise ConfigError(f"optim.{key}: expected 0 up to but not including 1, got {getattr(optim, key)}")
+    if not 0 <= optim.decay_share <= 1:
+        raise ConfigError(f"optim.decay_share: expected 0 to 1, got {optim.decay_share}")
+    if not 0 < data.validation_share < 1:
+        raise ConfigError(f"data.validation_share: expected between 0 and 1, got {data.validation_share}")
+    _check_corpus(data)
+
+
+def _lower_bounds(config: Config) -> list[tuple[str, float, float]]:
+    """Fields that count or measure something, with the least value that makes sense."""
+    optional = (config.data.token_budget, config.data.num_proc, config.training.peak_tflops)
+    return [
+        ("seed", config.seed, 0),
+        ("tokenizer.vocab_size", config.tokenizer.vocab_size, 300),
+        ("tokenizer.sample_bytes", config.tokenizer.sample_bytes, 1),
+        ("data.sequence_length", config.data.sequence_length, 1),
+        ("data.token_budget", 1 if optional[0] is None else optional[0], 1),
+        ("data.num_proc", 1 if optional[1] is None else optional[1], 1),
+        ("optim.warmup_steps", config.optim.warmup_steps, 0),
+        ("optim.weight_decay", config.optim.weight_decay, 0),
+        ("optim.eps", config.optim.eps, 1e-30),
+        ("optim.grad_clip", config.optim.grad_clip, 0),
+        ("training.steps", config.training.steps, 1),
+        ("training.batch_size", config.training.batch_size, 1),
+        ("training.micro_batch_size", config.training.micro_batch_size, 1),
+        ("training.eval_every", config.training.eval_every, 0),
+        ("training.eval_tokens", config.training.eval_tokens, 1),
+        ("training.sample_tokens", config.training.sample_tokens, 1),
+        ("training.peak_tflops", 1 if optional[2] is None else optional[2], 1e-9),
+        ("checkpoint.every", config.checkpoint.every, 0),
+        ("checkpoint.keep", config.checkpoint.keep, 0),
+    ]
+
+
+def _check_corpus(data: DataConfig) -> None:
+    """Refuse options that do not belong to the corpus, rather than ignore them."""
+    local = data.corpus in ("text", "jsonl", "parquet")
+    if local and not data.paths:
+        raise ConfigError(f"data.paths: expected files, globs or folders for the corpus {data.corpus!r}, got none")
+    if not local and (data.paths or data.validation_paths):
+        raise ConfigError(
+            f"data.paths: the corpus {data.corpus!r} reads no paths; set data.corpus to text, jsonl or parquet"
+        )
+    if data.corpus == "hub" and not data.dataset:
+        raise ConfigError("data.dataset: expected the name of a dataset for the corpus 'hub', got none")
+    if data.corpus != "hub" and data.dataset:
+        raise ConfigError(f"data.dataset: the corpus {data.corpus!r} reads no dataset; set data.corpus to hub")
+    if data.streaming and data.token_budget is None:
+        raise ConfigError("data.token_budget: expected a number of tokens for a streamed dataset, got none")
+
+
+def _parser(prog: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False, description="Train a TransNormer.")
+    parser.add_argument("--config", help="YAML file; several merge left to right", metavar="FILE")
+    parser.add_argument("--out", type=str, default="runs/run", help="folder of the run")
+    parser.add_argument("--resume", type=str, default="auto", help="auto, never, or a checkpoint's path")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def _split_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
+    files, rest, arguments = [], [], iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            file = next(arguments, None)
+            if file is None:
+                raise ConfigError("--config: expected a file, got nothing")
+            files.append(file)
+        elif argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        else:
+            rest.append(argument)
+    return files, rest
+
+
+def _file_arguments(file: Path) -> list[str]:
+    """A YAML file as command-line arguments, its keys checked."""
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), _StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"{file}: {os.strerror(error.errno or 0)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("<unicode string>", str(file))) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: expected keys and values, got {tree!r}")
+    leaves = _leaves(tree, f"{file}: ")
+    return [f"--{key}={_text(key, value)}" for key, value in leaves]
+
+
+def _leaves(tree: dict[str, Any], place: str, prefix: str = "") -> list[tuple[str, Any]]:
+    known, found = _known_keys(), []
+    for name, value in tree.items():
+        key = prefix + name
+        if key not in known:
+            raise ConfigError(f"{place}{key}: no such key{_nearest(key)}")
+        section = known[key] is None
+        if section and not isinstance(value, dict):
+            raise ConfigError(f"{place}{key}: expected a section with keys of its own, got {value!r}")
+        if not section and isinstance(value, dict):
+            raise ConfigError(f"{place}{key}: expected a value, got keys {', '.join(map(str, value))}")
+        found += _leaves(value, place, f"{key}.") if section else [(key, value)]
+    return found
+
+
+def _known_keys() -> dict[str, Any]:
+    """Every key, its sections joined by dots, with its type; a section's type is None."""
+    keys: dict[str, Any] = {}
+    for outer in dataclasses.fields(Config):
+        section = dataclasses.is_dataclass(outer.type)
+        keys[outer.name] = None if section else outer.type
+        if section:
+            keys |= {f"{outer.name}.{inner.name}": inner.type for inner in dataclasses.fields(outer.type)}  # type: ignore[arg-type]
+    return keys
+
+
+def _nearest(key: str) -> str:
+    """A hint with the nearest valid key: by the whole name, else by the last part alone."""
+    known = [name for name, kind in _known_keys().items() if kind]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    if not near:
+        lasts = {name.split(".")[-1]: name for name in known}
+        near = [lasts[last] for last in difflib.get_close_matches(key.split(".")[-1], lasts, n=1, cutoff=0.7)]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _text(key: str, value: Any) -> str:
+    """A YAML value of strings as the text of a command-line argument."""
+    if not isinstance(value, list):
+        return str(value)
+    if any(not isinstance(item, str) for item in value):
+        raise ConfigError(f"{key}: expected a plain list, got {value!r}")
+    return json.dumps(value) if _known_keys()[key] == list[str] else f"[{', '.join(value)}]"
+
+
+def _refuse_unknown_options(rest: list[str]) -> None:
+    known = {"help", "out", "resume", *(key for key, kind in _known_keys().items() if kind)}
+    for argument in rest:
+        if argument.startswith("--"):
+            key = argument[2:].split("=")[0]
+            if key not in known:
+                raise ConfigError(f"--{key}: no such option{_nearest(key)}")
+
+
+def _readable(message: str) -> str:
+    """The parser's complaint in one line: the key, what was expected, what came."""
+    message = re.sub(r'^Parser key "([^"]+)":\s*', r"\1: ", message.strip())
+    message = re.sub(r"<class '([^']+)'>", r"\1", message).replace("typing.", "")
+    return " ".join(message.replace("Expected a ", "expected ").replace(". Got value: ", ", got ").split())
