@@ -17,6 +17,7 @@ _LIBRARY_KEYS = {
     "model_type",
     "name_or_path",
     "num_labels",
+    "output_attentions",
     "quantization_config",
     "torch_dtype",
 }

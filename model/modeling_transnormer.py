@@ -261,8 +261,8 @@ class TransnormerModel(TransnormerPreTrainedModel):
             input_ids: (B, T) token ids, or
             inputs_embeds: (B, T, C) embeddings, not yet scaled.
             attention_mask: (B, T) or (B, tokens seen + T), 0 at padding, which may stand anywhere.
-            position_ids: (B, T); without attention_mask, cache and cu_seq_lens_q, a position that does not follow
-                the one before starts a document. Else positions for LRPE only.
+            position_ids: (B, T) or (1, T); without attention_mask, cache and cu_seq_lens_q, a position that does not
+                follow the one before starts a document. Else positions for LRPE only.
             past_key_values: a TransnormerCache to go on from; it is moved on in place.
             use_cache: return a cache; by default in evaluation of unpacked rows.
             output_hidden_states: return the hidden states before each layer and after the final norm.
@@ -284,11 +284,13 @@ class TransnormerModel(TransnormerPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if past_key_values is None and use_cache and not documents:
             past_key_values = TransnormerCache(self.config)
+        if past_key_values is not None and self.gradient_checkpointing and self.training:
+            raise ValueError("use_cache: expected False with gradient checkpointing, which runs a layer twice")
         if valid is None:
             valid = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
         counted = next_positions(past_key_values, valid)
         if position_ids is None:
-            position_ids = counted
+            position_ids = packing.positions(hidden_states.shape[1]) if documents else counted
 
         states = (hidden_states,) if self._wants_hidden_states(output_hidden_states) else None
         for i, layer in enumerate(self.layers):
@@ -322,9 +324,8 @@ class TransnormerModel(TransnormerPreTrainedModel):
             return from_cu_seqlens(cu_seq_lens_q, hidden_states.shape[0], hidden_states.device)
         if valid is not None:
             return from_attention_mask(valid)
-        restarts = attention_mask is None and position_ids is not None and cache is None
-        if restarts and not torch.compiler.is_compiling():
-            return from_position_ids(position_ids)
+        if attention_mask is None and position_ids is not None and cache is None:
+            return from_position_ids(position_ids.expand(hidden_states.shape[:2]))  # reads values: breaks a compiled graph
         return None
 
 
@@ -372,6 +373,7 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -30,6 +30,12 @@ class Packing(NamedTuple):
         x = x[0] if self.order is None else torch.empty_like(x[0]).index_copy_(1, self.order, x[0])
         return x.unflatten(1, (batch, -1)).transpose(0, 1)
 
+    def positions(self, tokens: int) -> Tensor:
+        """Positions of packed documents that lie in order, each from zero: (1, T)."""
+        place = torch.arange(tokens, dtype=torch.int32, device=self.cu_seqlens.device)
+        document = torch.searchsorted(self.cu_seqlens, place, right=True) - 1
+        return (place - self.cu_seqlens[document])[None]
+
     def pack_state(self, state: Tensor | None) -> Tensor | None:
         """States of the rows to states of the sequences: padding starts from zero."""
         if state is None or not self.padded:

@@ -41,6 +41,7 @@ class Packing(NamedTuple):
     first: Tensor  # (sequences,) first chunk of a sequence
     last: Tensor  # (sequences,) last chunk of a sequence
     empty: Tensor  # (sequences,) whether a sequence has no token
+    valid: Tensor  # () whether the bounds rise from 0 to T
 
 
 class Chunks(NamedTuple):
@@ -68,10 +69,12 @@ def forward(
     layout = _layout(q, v, cu_seqlens)
     c = _chunks(q, k, v, log_decay, qk_norm, layout)
     scores = _product(c.q, c.k.mT).mul_(c.mask).tril_()  # (B, H, N, C, C)
-    o = _product(scores.to(c.v.dtype), c.v)  # (B, H, N, C, E)
+    # A masked score is 0, but 0 · NaN is NaN: what is not finite in v enters from its own token on, not before.
+    o = _product(scores.to(c.v.dtype), c.v.nan_to_num(0, 0, 0))  # (B, H, N, C, E)
+    poison = (c.v @ c.v.new_zeros(c.v.shape[-1], 1)).cumsum(-2)  # (B, H, N, C, 1): 0, or NaN
     del scores
     states, update = _states(c, initial_state, layout)
-    o.addcmul_(_product(c.q, states.to(c.q.dtype)), c.read)
+    o.addcmul_(_product(c.q, states.to(c.q.dtype)), c.read + poison)
     final = _leave(states, update, c.carry, initial_state, layout)
     return _unchunk(o, layout, q.shape[2]).to(v.dtype), final
 
@@ -140,7 +143,8 @@ def _layout(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Layout:
         starts = torch.arange(0, tokens, size, device=q.device)
         return Layout(size, (tokens - starts).clamp(max=size), None)
     bounds = cu_seqlens.long()
-    counts = (bounds.diff() + size - 1) // size  # chunks of a sequence
+    valid = (bounds[0] == 0) & (bounds[-1] == tokens) & (bounds.diff() >= 0).all()
+    counts = (bounds.diff().clamp(min=0) + size - 1) // size  # chunks of a sequence
     ends = counts.cumsum(0)
     chunk = torch.arange(tokens // size + counts.shape[0], device=q.device)  # as many as there can be
     sequence = torch.searchsorted(ends, chunk, right=True).clamp(max=counts.shape[0] - 1)
@@ -148,8 +152,10 @@ def _layout(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Layout:
     lengths = (bounds[sequence + 1] - starts).clamp(0, size)
     slot = torch.arange(size, device=q.device)
     slots = torch.where(slot < lengths[:, None], starts[:, None] + slot, tokens).flatten()
-    first, last = (ends - counts).clamp(max=len(chunk) - 1), (ends - 1).clamp(min=0)
-    return Layout(size, lengths, Packing(slots, sequence, first, last, counts == 0))
+    # Bounds are not read, so wrong ones must stay inside memory until `valid` turns the result into NaN.
+    slots = slots.clamp(0, tokens)
+    first, last = (ends - counts).clamp(max=len(chunk) - 1), (ends - 1).clamp(0, len(chunk) - 1)
+    return Layout(size, lengths, Packing(slots, sequence, first, last, counts == 0, valid))
 
 
 def _chunk_size(tokens: int, width: int) -> int:
@@ -171,6 +177,8 @@ def _chunks(
     k, v = expand_heads(k, heads), expand_heads(v, heads)
     q, k, v = (_chunk(x.to(operand), layout) for x in (q, k, v))
     log_decay = q.new_zeros(heads, dtype=wide) if log_decay is None else log_decay.to(wide)
+    if layout.packed is not None:
+        log_decay = torch.where(layout.packed.valid, log_decay, torch.nan)
     steps = torch.arange(layout.size, device=q.device)
     write = (layout.lengths[:, None] - 1 - steps).clamp(min=0)  # (N, C)
     return Chunks(

@@ -13,6 +13,7 @@ def powers(log_decay: Tensor, exponents: Tensor) -> Tensor:
     wrong value on a GPU, where reading it would stall the stream, can't go unnoticed.
     """
     valid = torch.where(log_decay <= 0, log_decay, torch.nan)
+    valid = valid.clamp(min=torch.finfo(valid.dtype).min)  # -inf · 0 is NaN, and λ^0 is 1
     return torch.exp(valid.view(-1, *[1] * exponents.dim()) * exponents)
 
 

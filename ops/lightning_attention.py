@@ -7,9 +7,11 @@ from torch import Tensor
 
 from .chunkwise import backward as chunkwise_backward
 from .chunkwise import forward as chunkwise_forward
+from .decay import powers
 from .validation import (
     check_choice,
     check_cu_seqlens,
+    check_flag,
     check_log_decay,
     check_qkv,
     check_state,
@@ -60,6 +62,8 @@ def lightning_attention(
     Source: Qin et al. 2024, "Lightning Attention-2", arXiv:2401.04658.
     """
     check_choice("backend", backend, BACKENDS)
+    check_flag("qk_norm", qk_norm)
+    check_flag("output_final_state", output_final_state)
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v, same_length=True)
     check_log_decay(log_decay, q)
@@ -118,7 +122,8 @@ def _forward(
     cu_seqlens: Tensor | None,
     qk_norm: bool,
 ) -> tuple[Tensor, Tensor]:
-    return chunkwise_forward(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
+    with no_autocast(q):
+        return chunkwise_forward(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
 
 
 @_forward.register_fake
@@ -140,7 +145,8 @@ def _backward(
     cu_seqlens: Tensor | None,
     qk_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return chunkwise_backward(grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
+    with no_autocast(q):
+        return chunkwise_backward(grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
 
 
 @_backward.register_fake
@@ -155,8 +161,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-    log_decay, initial_state = ctx.saved_tensors[3:5]
-    dq, dk, dv, grad_decay, grad_initial = _backward(grad_o, grad_state, *ctx.saved_tensors, ctx.qk_norm)
+    saved = ctx.saved_tensors  # read once: gradient checkpointing frees them at the first reading
+    log_decay, initial_state = saved[3:5]
+    dq, dk, dv, grad_decay, grad_initial = _backward(grad_o, grad_state, *saved, ctx.qk_norm)
     grad_decay = None if log_decay is None else grad_decay.to(log_decay.dtype)
     return dq, dk, dv, grad_decay, None if initial_state is None else grad_initial, None, None
 
@@ -169,9 +176,10 @@ def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tens
     wide = state.dtype
     k, v = (expand_heads(x, q.shape[1]).to(wide) for x in (k, v))
     if log_decay is not None:
-        state.mul_(log_decay.to(wide).exp()[:, None, None])
+        state.mul_(powers(log_decay.to(wide), log_decay.new_ones(1, 1)))
     state.addcmul_(k.mT, v)  # (B, H, D, 1) · (B, H, 1, E)
-    return (q.to(wide) @ state).to(q.dtype)
+    with no_autocast(q):
+        return (q.to(wide) @ state).to(q.dtype)
 
 
 @_step.register_fake
@@ -179,10 +187,16 @@ def _(q, k, v, log_decay, state):  # type: ignore[no-untyped-def]
     return v.new_empty((*q.shape[:3], v.shape[3]))
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast to autocast's type where it is on, as it does for matrix products; float64 stays."""
-    device = getattr(tensors[0], "device", None)
-    if device is None or not torch.is_autocast_enabled(device.type):
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Cast to autocast's type where it is on, as it does for matrix products; what is no float, or float64, stays."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
         return tensors
-    dtype = torch.get_autocast_dtype(device.type)
-    return tuple(x if getattr(x, "dtype", None) == torch.float64 else x.to(dtype) for x in tensors)
+    dtype = torch.get_autocast_dtype(first.device.type)
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(x.to(dtype) if getattr(x, "dtype", None) in narrow else x for x in tensors)
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """Context for an operator's inside, where autocast would turn the float32 sums into half products."""
+    return torch.autocast(x.device.type, enabled=False)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import blockwise
 from .chunkwise import sum_groups, unit_length_backward
-from .lightning_attention import autocast
-from .validation import check_choice, check_mask, check_qkv, compute_type, expand_heads, unit_length
+from .lightning_attention import autocast, no_autocast
+from .validation import check_choice, check_flag, check_mask, check_qkv, compute_type, expand_heads, unit_length
 
 IMPLEMENTATIONS = ("auto", "normal", "split")
 _AUTO_BLOCK = 512
@@ -52,6 +52,7 @@ def flash_linear_attention(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
+    check_flag("qk_norm", qk_norm)
     sizes = [
         _block_size(name, size)
         for name, size in (("q_block_size", q_block_size), ("kv_block_size", kv_block_size))
@@ -92,12 +93,13 @@ def _forward(
 ) -> Tensor:
     dtype = v.dtype
     q, k, v = _prepare(q, k, v, qk_norm)
-    if mask is None:
-        o = blockwise.linear_forward(q, k, v)
-    elif implementation == "normal" or 0 in mask.shape:
-        o = blockwise.normal_forward(q, k, v, mask)
-    else:
-        o = blockwise.split_forward(q, k, v, mask, q_block, kv_block)
+    with no_autocast(q):
+        if mask is None:
+            o = blockwise.linear_forward(q, k, v)
+        elif implementation == "normal" or 0 in mask.shape:
+            o = blockwise.normal_forward(q, k, v, mask)
+        else:
+            o = blockwise.split_forward(q, k, v, mask, q_block, kv_block)
     return o.to(dtype)
 
 
@@ -121,12 +123,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = _prepare(q, k, v, qk_norm)
     do = do.to(wide[0].dtype)
-    if mask is None:
-        grads = blockwise.linear_backward(do, *wide)
-    elif implementation == "normal" or 0 in mask.shape:
-        grads = blockwise.normal_backward(do, *wide, mask, mask_grad)
-    else:
-        grads = blockwise.split_backward(do, *wide, mask, mask_grad, q_block, kv_block)
+    with no_autocast(q):
+        if mask is None:
+            grads = blockwise.linear_backward(do, *wide)
+        elif implementation == "normal" or 0 in mask.shape:
+            grads = blockwise.normal_backward(do, *wide, mask, mask_grad)
+        else:
+            grads = blockwise.split_backward(do, *wide, mask, mask_grad, q_block, kv_block)
     dq, dk, dv = grads[0], sum_groups(grads[1], k.shape[1]), sum_groups(grads[2], v.shape[1])
     if qk_norm:
         dq, dk = unit_length_backward(dq, q), unit_length_backward(dk, k)

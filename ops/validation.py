@@ -143,6 +143,12 @@ def check_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {value!r}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Check that an option is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
 def _readable(x: Tensor) -> bool:
     """Whether values can be read without stalling a GPU, breaking a compiled graph or asking a fake tensor."""
     return (

@@ -280,7 +280,7 @@ def check(config: Config) -> None:
         if value < least:
             raise ConfigError(f"{key}: expected {least} or more, got {value}")
     optim, data = config.optim, config.data
-    if not 0 < optim.lr:
+    if not optim.lr > 0:
         raise ConfigError(f"optim.lr: expected a positive number, got {optim.lr}")
     if not 0 <= optim.min_lr <= optim.lr:
         raise ConfigError(f"optim.min_lr: expected 0 to optim.lr = {optim.lr}, got {optim.min_lr}")

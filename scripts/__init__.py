@@ -1,0 +1,1 @@
+"""Commands beside training, one verb a file: `python -m scripts.VERB --help`."""

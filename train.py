@@ -1,0 +1,44 @@
+"""Train a TransNormer, from a configuration to a final checkpoint that transformers opens.
+
+accelerate launch train.py --config configs/quickstart.yaml --out runs/quickstart
+"""
+
+import sys
+
+from training.config import Run, load_config
+from training.errors import ConfigError
+from training.outcome import exit_code_of
+from training.progress import working
+
+
+def train(run: Run) -> None:
+    """The whole run; every step is a method of the trainer."""
+    with working("loading torch, transformers and accelerate"):
+        from training.trainer import Trainer
+
+    trainer = Trainer(run.config, run.out)  # refuses what can't work before anything is written
+    trainer.prepare_data()
+    trainer.build_model()
+    with trainer.opened(run.resume):  # makes the folder, goes on from a checkpoint, listens to SIGTERM
+        while trainer.step < run.config.training.steps:
+            trainer.train_step()
+            if trainer.evaluation_due():
+                trainer.evaluate()
+            if trainer.checkpoint_due():
+                trainer.save()
+            trainer.stop_if_asked()
+        trainer.finish()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code that `training/errors.py` lists."""
+    try:
+        run = load_config(sys.argv[1:] if argv is None else argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return exit_code_of(lambda: train(run), run.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,337 @@
+"""Batches of tokens: documents packed into one file for each side, and the rows that a step reads from it."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sentencepiece import SentencePieceProcessor
+from tqdm import tqdm
+
+from training.config import Config
+from training.corpus import Corpus, Skipped, Split, open_corpus
+from training.errors import ConfigError, DataError
+from training.progress import build_once
+from training.tokenizer import MODEL_FILE, SPACE, load_sentencepiece, resolve_tokenizer
+
+SPLITS: tuple[Split, ...] = ("train", "validation")
+_FORMAT = 1
+_PIECE = 65_536  # characters that one thread encodes at once
+_GROUP = 4 * _PIECE  # characters in flight for each thread: a fraction of a second
+_IGNORED = -100  # label that the loss leaves out
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """The documents of one side, one after the other, each as bos + ids + eos.
+
+    Attributes:
+        ids: (n,) uint16 or uint32, mapped from the file.
+        offsets: (documents + 1,) int64 begin of each document, and n.
+        num_bytes: UTF-8 bytes of the documents.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    num_bytes: int
+
+    @property
+    def documents(self) -> int:
+        return len(self.offsets) - 1
+
+    def num_rows(self, sequence_length: int) -> int:
+        """Return how many rows of T inputs and T targets there are; row r is ids[r T : r T + T + 1]."""
+        return max(0, (len(self.ids) - 1) // sequence_length)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that training reads.
+
+    Attributes:
+        train: tokens for training.
+        validation: tokens for validation.
+        tokenizer_folder: what AutoTokenizer opens.
+        fingerprint: of corpus, tokenizer and packing; another one means other tokens.
+        vocab_size: V of the tokenizer.
+        skipped: documents left out, by reason.
+    """
+
+    train: PackedTokens
+    validation: PackedTokens
+    tokenizer_folder: Path
+    fingerprint: str
+    vocab_size: int
+    skipped: dict[str, int]
+
+
+def prepare(config: Config) -> Prepared:
+    """Return the tokens of `config`, made once in `data.cache_dir` whichever process comes first.
+
+    Raises:
+        ConfigError: an option is impossible.
+        DataError: documents, tokenizer or token file can't be used, or hold less than one row.
+        ResourceError: the disk is full.
+    """
+    length, budget = config.data.sequence_length, config.data.token_budget
+    for key, value in (("sequence_length", length), ("token_budget", budget), ("num_proc", config.data.num_proc)):
+        if value is not None and value < 1:
+            raise ConfigError(f"data.{key}: expected at least 1, got {value}")
+    corpus = open_corpus(config.data)
+    tokenizer_folder = resolve_tokenizer(config, corpus)
+    processor = load_sentencepiece(tokenizer_folder)
+    model_hash = hashlib.sha256((tokenizer_folder / MODEL_FILE).read_bytes()).hexdigest()
+    identity = [_FORMAT, corpus.identity, model_hash, budget]
+    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    folder = Path(config.data.cache_dir) / "tokens" / fingerprint
+    threads = config.data.num_proc or os.cpu_count() or 1
+    build_once(folder, "packing tokens", lambda target: _pack(corpus, processor, target, budget, threads))
+    meta = _read_meta(folder)
+    train, validation = (_open_tokens(folder, meta, split) for split in SPLITS)
+    for split, tokens in (("train", train), ("validation", validation)):
+        if len(tokens.ids) <= length:
+            raise DataError(
+                f"{corpus.name}: expected at least {length + 1} {split} tokens (data.sequence_length + 1), got "
+                f"{len(tokens.ids)} in {tokens.documents} documents"
+            )
+    return Prepared(train, validation, tokenizer_folder, fingerprint, processor.get_piece_size(), meta["skipped"])
+
+
+class _Piece(NamedTuple):
+    side: Split
+    text: str
+    is_first: bool
+    is_last: bool
+
+
+class _Writer:
+    """Appends documents to the files of one side and takes their hashes on the way."""
+
+    def __init__(self, folder: Path, split: Split, dtype: np.dtype) -> None:
+        self.dtype, self.documents, self.tokens, self.num_bytes = dtype, 0, 0, 0
+        self._files = {name: (folder / name).open("wb") for name in _file_names(split)}
+        self._hashes = {name: hashlib.sha256() for name in self._files}
+        self._ids, self._offsets = self._files
+        self._append(self._offsets, np.zeros(1, "<i8"))
+
+    def add(self, ids: list[int], num_bytes: int) -> None:
+        self._append(self._ids, np.array(ids, self.dtype))
+        self.tokens += len(ids)
+        self.num_bytes += num_bytes
+
+    def end_document(self) -> None:
+        self.documents += 1
+        self._append(self._offsets, np.array([self.tokens], "<i8"))
+
+    def close(self) -> dict[str, dict[str, int | str]]:
+        """Close the files and return the size and the hash of each."""
+        for file in self._files.values():
+            file.close()
+        return {
+            name: {"size": os.path.getsize(file.name), "sha256": self._hashes[name].hexdigest()}
+            for name, file in self._files.items()
+        }
+
+    def _append(self, name: str, values: np.ndarray) -> None:
+        self._files[name].write(values.data)
+        self._hashes[name].update(values.data)
+
+
+def _file_names(split: Split) -> tuple[str, str]:
+    return f"{split}.ids.bin", f"{split}.offsets.bin"
+
+
+def _pack(corpus: Corpus, processor: SentencePieceProcessor, folder: Path, budget: int | None, threads: int) -> None:
+    """Encode the documents of `corpus` into the files of `folder`, up to `budget` tokens for training."""
+    skipped = Skipped()
+    dtype = np.dtype("<u2" if processor.get_piece_size() <= 2**16 else "<u4")
+    writers = {split: _Writer(folder, split, dtype) for split in SPLITS}
+    documents = corpus.documents(skipped)
+    with tqdm(
+        total=None if budget else corpus.num_bytes, desc="packing tokens", unit="B", unit_scale=True, mininterval=0.5
+    ) as bar:
+        for size in _encode_into(writers, processor, documents, budget, threads):
+            bar.update(size)
+    for split, writer in writers.items():
+        if not writer.documents:
+            raise DataError(f"{corpus.name}: expected {split} documents before data.token_budget {budget}, got none")
+    files = {name: entry for writer in writers.values() for name, entry in writer.close().items()}
+    meta: dict[str, Any] = {
+        "format": _FORMAT,
+        "dtype": dtype.str,
+        "skipped": dict(skipped),
+        "files": files,
+        **{
+            split: {"documents": writer.documents, "tokens": writer.tokens, "bytes": writer.num_bytes}
+            for split, writer in writers.items()
+        },
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def _encode_into(
+    writers: dict[Split, _Writer],
+    processor: SentencePieceProcessor,
+    documents: Iterable[tuple[Split, str]],
+    budget: int | None,
+    threads: int,
+) -> Iterator[int]:
+    """Write each document as bos + ids + eos, yield bytes done; end after the document that reaches `budget`."""
+    bos, eos = [processor.bos_id()], [processor.eos_id()]
+    for group in _groups(_pieces(documents, _can_cut(processor)), _GROUP * threads):
+        encoded = processor.encode([piece.text for piece in group], num_threads=threads)
+        done = 0
+        for piece, ids in zip(group, encoded, strict=True):
+            size = len(piece.text.encode())
+            writer = writers[piece.side]
+            writer.add(bos * piece.is_first + ids + eos * piece.is_last, size)
+            done += size
+            if piece.is_last:
+                writer.end_document()
+                if budget and writers["train"].tokens >= budget:
+                    yield done
+                    return
+        yield done
+
+
+def _can_cut(processor: SentencePieceProcessor) -> bool:
+    """Return whether no piece reaches across the begin of white space, where a text then encodes in two parts."""
+    pieces = (processor.id_to_piece(index) for index in range(processor.get_piece_size()))
+    return not any(SPACE in piece.lstrip(SPACE) for piece in pieces)
+
+
+def cut(text: str, size: int) -> Iterator[str]:
+    """Yield `text` in parts of about `size` characters, each begun by a space that follows something else."""
+    boundary = re.compile(f"[^ {SPACE}](?=[ {SPACE}])")
+    start = 0
+    while len(text) - start > size and (match := boundary.search(text, start + size - 1)):
+        yield text[start : match.end()]
+        start = match.end()
+    yield text[start:]
+
+
+def _pieces(documents: Iterable[tuple[Split, str]], can_cut: bool) -> Iterator[_Piece]:
+    """Cut large documents: they are encoded in bounded memory, and by all threads."""
+    for side, text in documents:
+        size, end = _PIECE if can_cut else len(text), 0
+        for part in cut(text, size):
+            begin, end = end, end + len(part)
+            yield _Piece(side, part, is_first=begin == 0, is_last=end == len(text))
+
+
+def _groups(pieces: Iterable[_Piece], size: int) -> Iterator[list[_Piece]]:
+    group, held = [], 0
+    for piece in pieces:
+        group.append(piece)
+        held += len(piece.text)
+        if held >= size:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
+def _read_meta(folder: Path) -> dict:
+    """Return meta.json after a look whether the files have the sizes it tells."""
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_bytes())
+        sizes = {name: entry["size"] for name, entry in meta["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: expected the description of a token file, got {error!r}; remove {folder}") from error
+    for name, size in sizes.items():
+        file = folder / name
+        found = file.stat().st_size if file.exists() else "no file"
+        if found != size:
+            raise DataError(f"{file}: expected {size} bytes, got {found}; remove {folder} to make it again")
+    return meta
+
+
+def _open_tokens(folder: Path, meta: dict, split: Split) -> PackedTokens:
+    ids, offsets = (folder / name for name in _file_names(split))
+    return PackedTokens(
+        ids=np.memmap(ids, meta["dtype"], mode="r"),
+        offsets=np.memmap(offsets, "<i8", mode="r"),
+        num_bytes=meta[split]["bytes"],
+    )
+
+
+@lru_cache(maxsize=2)
+def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """Return (num_rows,) int64; numpy keeps the raw stream of Philox, unlike `permutation`, between versions."""
+    raw = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(num_rows)
+    return np.argsort(raw, kind="stable")
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """Which rows a step reads: one permutation of all rows after another, whatever came before.
+
+    Args:
+        num_rows: rows of the token file.
+        batch_size: rows of a global batch.
+        seed: of the permutations.
+    """
+
+    num_rows: int
+    batch_size: int
+    seed: int
+
+    def rows(self, step: int) -> np.ndarray:
+        """Return (batch_size,) int64 rows of the batch at `step`, counted from 0; it may run across epochs."""
+        epochs, places = np.divmod(np.arange(self.batch_size) + step * self.batch_size, self.num_rows)
+        rows = np.empty(self.batch_size, np.int64)
+        for epoch in np.unique(epochs):
+            rows[epochs == epoch] = _permutation(self.num_rows, self.seed, int(epoch))[places[epochs == epoch]]
+        return rows
+
+    def epoch(self, step: int) -> float:
+        """Return how many times the data was read before `step`."""
+        return step * self.batch_size / self.num_rows
+
+
+def batch_sha(ids: np.ndarray) -> str:
+    """Return the sha256 of ids in sample order, as little-endian uint32."""
+    return hashlib.sha256(np.ascontiguousarray(ids, "<u4").data).hexdigest()
+
+
+def collate(tokens: PackedTokens, rows: np.ndarray, sequence_length: int, boundaries: bool) -> dict[str, torch.Tensor]:
+    """Return the inputs and shifted labels of b rows of T tokens.
+
+    With `boundaries` the rows lie one after the other: input_ids, shift_labels and position_ids (1, b T) int64,
+    cu_seq_lens_q (N + 1,) int32 begins of the N rows and documents, and b T. Positions start at 0 in each, and a
+    label that belongs to the next document is -100. Without: input_ids and shift_labels (b, T).
+    """
+    places = rows[:, None] * sequence_length + np.arange(sequence_length + 1)  # (b, T + 1)
+    ids = torch.from_numpy(tokens.ids[places].astype(np.int64))
+    inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()  # (b, T)
+    if not boundaries:
+        return {"input_ids": inputs, "shift_labels": labels}
+    document = np.searchsorted(tokens.offsets, places, side="right")  # (b, T + 1)
+    target_begins = document[:, 1:] != document[:, :-1]  # (b, T)
+    begins = np.ones_like(target_begins)
+    begins[:, 1:] = target_begins[:, :-1]
+    starts = np.flatnonzero(begins)  # (N,)
+    lengths = np.diff(starts, append=begins.size)
+    return {
+        "input_ids": inputs.view(1, -1),
+        "shift_labels": labels.masked_fill(torch.from_numpy(target_begins), _IGNORED).view(1, -1),
+        "position_ids": torch.from_numpy(np.arange(begins.size) - np.repeat(starts, lengths))[None],
+        "cu_seq_lens_q": torch.from_numpy(np.append(starts, begins.size).astype(np.int32)),
+    }
+
+
+def evaluation_batches(
+    tokens: PackedTokens, sequence_length: int, micro_batch_size: int, max_tokens: int, boundaries: bool
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the first rows in order, `micro_batch_size` at a time, up to `max_tokens` tokens, at least one row."""
+    count = min(tokens.num_rows(sequence_length), max(1, max_tokens // sequence_length))
+    for first in range(0, count, micro_batch_size):
+        yield collate(tokens, np.arange(first, min(first + micro_batch_size, count)), sequence_length, boundaries)

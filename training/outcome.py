@@ -1,0 +1,76 @@
+"""How a run ends: every failure becomes an exit code, one line for the user, and `OUT/exit.json`."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from training.errors import EXIT_SIGTERM, ConfigError, ResourceError, RunError
+
+
+class Interrupted(RunError):
+    """A signal asked the run to stop; its checkpoint is saved."""
+
+    exit_code = EXIT_SIGTERM
+
+
+def exit_code_of(action: Callable[[], Any], out: Path | None = None) -> int:
+    """Run `action`; print a RunError as one line, anything else with its traceback, and return the exit code.
+
+    Args:
+        action: the work; its result is dropped.
+        out: the run's folder, where `exit.json` says how it ended. A wrong configuration writes nothing there.
+    """
+    try:
+        action()
+        code, reason = 0, "done"
+    except RunError as error:
+        code, reason = error.exit_code, str(error)
+        print(f"error: {error}" if code != EXIT_SIGTERM else reason, file=sys.stderr)
+        if isinstance(error, ConfigError):
+            return code
+    except MemoryError as error:
+        code, reason = ResourceError.exit_code, f"out of memory: {error}"
+        print(f"error: {reason}", file=sys.stderr)
+    except BaseException as error:
+        _write(out, 1, f"{type(error).__name__}: {error}")
+        raise
+    _write(out, code, reason)
+    return code
+
+
+def _write(out: Path | None, code: int, reason: str) -> None:
+    """Write `exit.json` in one piece; a run that never made its folder has none."""
+    if out is None or not out.is_dir() or int(os.environ.get("RANK", "0")) != 0:
+        return
+    temporary = out / ".exit.json.writing"
+    try:
+        temporary.write_text(json.dumps({"exit_code": code, "reason": reason}) + "\n", encoding="utf-8")
+        temporary.replace(out / "exit.json")
+    except OSError as error:  # the disk may be what failed; the exit code still tells
+        print(f"{out / 'exit.json'}: not written: {error.strerror}", file=sys.stderr)
+
+
+class StopSignal:
+    """Whether SIGTERM or SIGINT has come; `asked` holds the signal's name."""
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take both signals as a wish to stop after the current step, until the block ends."""
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = signal.Signals(number).name
