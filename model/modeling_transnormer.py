@@ -216,16 +216,23 @@ class TransnormerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, LightningAttention) and self.config.decay == "learned":
             module.reset_decay()
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As in transformers, with the source files of model and operators beside the weights."""
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
+        """As in transformers, with the source files of model and operators beside the weights.
+
+        Raises:
+            ValueError: for `push_to_hub`, which uploads before those files are there.
+        """
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub: expected False, use model.push_to_hub(name), which uploads the code as well")
         self.config.auto_map = {
             "AutoConfig": "configuration_transnormer.TransnormerConfig",
             "AutoModel": "modeling_transnormer.TransnormerModel",
             "AutoModelForCausalLM": "modeling_transnormer.TransnormerForCausalLM",
         }
-        super().save_pretrained(save_directory, **kwargs)
-        for source in source_files():
-            shutil.copyfile(source, Path(save_directory) / source.name)
+        super().save_pretrained(save_directory, is_main_process, **kwargs)
+        if is_main_process:
+            for source in source_files():
+                shutil.copyfile(source, Path(save_directory) / source.name)
 
 
 class TransnormerModel(TransnormerPreTrainedModel):
@@ -325,7 +332,8 @@ class TransnormerModel(TransnormerPreTrainedModel):
         if valid is not None:
             return from_attention_mask(valid)
         if attention_mask is None and position_ids is not None and cache is None:
-            return from_position_ids(position_ids.expand(hidden_states.shape[:2]))  # reads values: breaks a compiled graph
+            # Reads values, which breaks a compiled graph in two; bounds of documents don't.
+            return from_position_ids(position_ids.expand(hidden_states.shape[:2]))
         return None
 
 

@@ -64,7 +64,7 @@ def split_backward(
             dq[:, :, at_q] += dqi
             dk[:, :, at_k] += dkj
             dv[:, :, at_k] += dvj
-            if dmask is not None:
+            if dmask is not None and dmij is not None:
                 dmask[:, :, at_q, at_k] = dmij
     return dq, dk, dv, dmask
 

@@ -28,9 +28,7 @@ class Layout(NamedTuple):
 
     size: int  # C
     lengths: Tensor  # (N,) tokens in a chunk
-    packed: (
-        "Packing | None"  # None: every row of the batch is one sequence, its slots are its tokens in order
-    )
+    packed: "Packing | None"  # None: every row of the batch is one sequence, its slots are its tokens in order
 
 
 class Packing(NamedTuple):
@@ -166,9 +164,7 @@ def _chunk_size(tokens: int, width: int) -> int:
     return size
 
 
-def _chunks(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, qk_norm: bool, layout: Layout
-) -> Chunks:
+def _chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, qk_norm: bool, layout: Layout) -> Chunks:
     wide = compute_type(q.dtype)
     operand = q.dtype if q.is_cuda else wide  # a CPU has no product of half types with float32 results
     if qk_norm:
@@ -216,9 +212,7 @@ def _states(c: Chunks, initial_state: Tensor | None, layout: Layout) -> tuple[Te
     return _scan(update, c.carry, initial_state, layout), update
 
 
-def _scan(
-    update: Tensor, carry: Tensor, start: Tensor | None, layout: Layout, reverse: bool = False
-) -> Tensor:
+def _scan(update: Tensor, carry: Tensor, start: Tensor | None, layout: Layout, reverse: bool = False) -> Tensor:
     """What arrives at each chunk: `start` at a sequence's first one, then `carry · arrived + update` of the one before.
 
     update (B, H, N, D, E), carry (H, N, 1, 1), start (sequences, H, D, E) or None for zeros. `reverse` walks from

@@ -68,9 +68,7 @@ def lightning_attention(
     check_qkv(q, k, v, same_length=True)
     check_log_decay(log_decay, q)
     check_cu_seqlens(cu_seqlens, q)
-    check_state(
-        initial_state, "initial_state", q, v, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    )
+    check_state(initial_state, "initial_state", q, v, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
     reason = cuda_unavailable_reason(q)
     if backend == "cuda" and reason is not None:
         raise ValueError(f"backend: 'cuda' can't take this call: {reason}")
@@ -78,9 +76,7 @@ def lightning_attention(
     return (o, state) if output_final_state else o
 
 
-def lightning_attention_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor
-) -> Tensor:
+def lightning_attention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
     """One token of lightning attention: updates `state` in place and returns its output; no gradients.
 
     Args:
@@ -189,10 +185,10 @@ def _(q, k, v, log_decay, state):  # type: ignore[no-untyped-def]
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast to autocast's type where it is on, as it does for matrix products; what is no float, or float64, stays."""
-    first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+    dtype = torch.get_autocast_dtype(device)
     narrow = (torch.float32, torch.bfloat16, torch.float16)
     return tuple(x.to(dtype) if getattr(x, "dtype", None) in narrow else x for x in tensors)
 

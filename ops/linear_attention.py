@@ -54,8 +54,7 @@ def flash_linear_attention(
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     check_flag("qk_norm", qk_norm)
     sizes = [
-        _block_size(name, size)
-        for name, size in (("q_block_size", q_block_size), ("kv_block_size", kv_block_size))
+        _block_size(name, size) for name, size in (("q_block_size", q_block_size), ("kv_block_size", kv_block_size))
     ]
     same_type = isinstance(mask, Tensor) and isinstance(q, Tensor) and mask.dtype == q.dtype
     q, k, v = autocast(q, k, v)

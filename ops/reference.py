@@ -23,9 +23,7 @@ def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, qk_norm:
     return scores @ v
 
 
-def quadratic(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, qk_norm: bool = False
-) -> Tensor:
+def quadratic(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, qk_norm: bool = False) -> Tensor:
     """Lightning attention by its mask `M[i, j] = exp(log_decay · (i - j))` for i ≥ j; returns (B, H, T, E)."""
     if log_decay is None:
         log_decay = q.new_zeros(q.shape[1])

@@ -37,9 +37,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, same_length: bool) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
         if x.dim() != 4:
-            raise ValueError(
-                f"{name}: expected 4 dims (batch, heads, tokens, width), got shape {tuple(x.shape)}"
-            )
+            raise ValueError(f"{name}: expected 4 dims (batch, heads, tokens, width), got shape {tuple(x.shape)}")
         if x.dtype not in FLOAT_TYPES:
             raise TypeError(f"{name}: expected one of {_names(FLOAT_TYPES)}, got {x.dtype}")
     for name, x in (("k", k), ("v", v)):
@@ -50,9 +48,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, same_length: bool) -> None:
         if x.shape[0] != q.shape[0]:
             raise ValueError(f"{name}: expected q's batch size {q.shape[0]}, got {x.shape[0]}")
         if x.shape[1] != q.shape[1] and (x.shape[1] == 0 or q.shape[1] % x.shape[1]):
-            raise ValueError(
-                f"{name}: expected a number of heads that divides q's {q.shape[1]}, got {x.shape[1]}"
-            )
+            raise ValueError(f"{name}: expected a number of heads that divides q's {q.shape[1]}, got {x.shape[1]}")
     if k.shape[3] != q.shape[3]:
         raise ValueError(f"k: expected q's width {q.shape[3]}, got {k.shape[3]}")
     if same_length and k.shape[2] != q.shape[2]:
@@ -89,9 +85,7 @@ def check_log_decay(log_decay: Tensor | None, q: Tensor) -> None:
     if log_decay.dtype not in (torch.float32, compute_type(q.dtype)):
         raise TypeError(f"log_decay: expected torch.float32, got {log_decay.dtype}")
     if log_decay.shape != (q.shape[1],):
-        raise ValueError(
-            f"log_decay: expected shape ({q.shape[1]},), one value a head, got {tuple(log_decay.shape)}"
-        )
+        raise ValueError(f"log_decay: expected shape ({q.shape[1]},), one value a head, got {tuple(log_decay.shape)}")
     if log_decay.device != q.device:
         raise ValueError(f"log_decay: expected q's device {q.device}, got {log_decay.device}")
     if _readable(log_decay) and not bool((log_decay <= 0).all()):
@@ -111,15 +105,11 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor) -> None:
     if cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens: expected q's device {q.device}, got {cu_seqlens.device}")
     if q.shape[0] != 1:
-        raise ValueError(
-            f"cu_seqlens: expected packed sequences in a batch of 1, got a batch of {q.shape[0]}"
-        )
+        raise ValueError(f"cu_seqlens: expected packed sequences in a batch of 1, got a batch of {q.shape[0]}")
     if _readable(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != q.shape[2] or bounds != sorted(bounds):
-            raise ValueError(
-                f"cu_seqlens: expected values rising from 0 to {q.shape[2]} tokens, got {bounds}"
-            )
+            raise ValueError(f"cu_seqlens: expected values rising from 0 to {q.shape[2]} tokens, got {bounds}")
 
 
 def check_state(state: Tensor | None, name: str, q: Tensor, v: Tensor, num_sequences: int) -> None:
@@ -151,11 +141,7 @@ def check_flag(name: str, value: object) -> None:
 
 def _readable(x: Tensor) -> bool:
     """Whether values can be read without stalling a GPU, breaking a compiled graph or asking a fake tensor."""
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
-    )
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
 
 
 def _names(types: tuple[torch.dtype, ...]) -> str:

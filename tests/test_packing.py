@@ -6,6 +6,7 @@ import pytest
 import torch
 from model_cases import all_variants, assert_all_near, assert_near, random_ids, some_variants, tiny_model
 from torch import Tensor
+from transformers import DataCollatorWithFlattening
 
 from model import TransnormerForCausalLM
 
@@ -129,13 +130,16 @@ def test_positions_beside_a_mask_are_positions_only() -> None:
     assert_near(whole, model(ids).logits, 2e-5)
 
 
-def test_labels_of_packed_documents_by_the_library() -> None:
-    """The packing collator marks the first label of each document, so the loss is the mean over documents' tokens."""
+@pytest.mark.parametrize("bounds_too", [False, True])
+def test_batches_of_the_library_s_packing_collator(bounds_too: bool) -> None:
+    """It leaves out the first label of each document, so the loss is the mean over the documents' tokens."""
     model, ids = tiny_model(), random_ids(1, 30)
-    labels = ids.clone()
-    labels[0, [0, 12]] = -100
-    loss = model(ids, labels=labels, position_ids=positions([12, 18])).loss
-    alone = [model(x, labels=x).loss for x in ids.split([12, 18], dim=1)]
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=bounds_too, return_seq_idx=bounds_too)
+    documents = ids[0].split([12, 18])
+    batch = collate([{"input_ids": document.tolist()} for document in documents])
+    assert ("cu_seq_lens_q" in batch) is bounds_too
+    loss = model.train()(**batch).loss
+    alone = [model(x[None], labels=x[None]).loss for x in documents]
     torch.testing.assert_close(loss, (alone[0] * 11 + alone[1] * 17) / 28)
 
 

@@ -85,7 +85,7 @@ class DataConfig:
         token_budget: stop preparing after this many training tokens; null takes all.
         document_boundaries: reset the recurrent state at each document instead of reading across.
         sequence_length: tokens T in a row of a batch.
-        num_proc: processes that tokenize; null means one a core.
+        num_proc: threads that tokenize; null means one a core.
         cache_dir: folder of prepared token files and trained tokenizers.
     """
 
@@ -291,7 +291,6 @@ def check(config: Config) -> None:
         raise ConfigError(f"optim.decay_share: expected 0 to 1, got {optim.decay_share}")
     if not 0 < data.validation_share < 1:
         raise ConfigError(f"data.validation_share: expected between 0 and 1, got {data.validation_share}")
-    _check_corpus(data)
 
 
 def _lower_bounds(config: Config) -> list[tuple[str, float, float]]:
@@ -318,23 +317,6 @@ def _lower_bounds(config: Config) -> list[tuple[str, float, float]]:
         ("checkpoint.every", config.checkpoint.every, 0),
         ("checkpoint.keep", config.checkpoint.keep, 0),
     ]
-
-
-def _check_corpus(data: DataConfig) -> None:
-    """Refuse options that do not belong to the corpus, rather than ignore them."""
-    local = data.corpus in ("text", "jsonl", "parquet")
-    if local and not data.paths:
-        raise ConfigError(f"data.paths: expected files, globs or folders for the corpus {data.corpus!r}, got none")
-    if not local and (data.paths or data.validation_paths):
-        raise ConfigError(
-            f"data.paths: the corpus {data.corpus!r} reads no paths; set data.corpus to text, jsonl or parquet"
-        )
-    if data.corpus == "hub" and not data.dataset:
-        raise ConfigError("data.dataset: expected the name of a dataset for the corpus 'hub', got none")
-    if data.corpus != "hub" and data.dataset:
-        raise ConfigError(f"data.dataset: the corpus {data.corpus!r} reads no dataset; set data.corpus to hub")
-    if data.streaming and data.token_budget is None:
-        raise ConfigError("data.token_budget: expected a number of tokens for a streamed dataset, got none")
 
 
 def _parser(prog: str) -> ArgumentParser:

@@ -173,8 +173,6 @@ def _check_options(config: DataConfig) -> None:
             raise ConfigError("data.token_budget: expected a number of tokens for data.streaming true, got null")
     elif config.corpus != "python-stdlib" and not config.paths:
         raise ConfigError(f"data.paths: expected files or folders for data.corpus {config.corpus}, got none")
-    if not 0 < config.validation_share < 1:
-        raise ConfigError(f"data.validation_share: expected between 0 and 1, got {config.validation_share}")
 
 
 def _content_hash(text: str) -> int:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from training.config import Config
 from training.corpus import Corpus, Skipped, Split, open_corpus
-from training.errors import ConfigError, DataError
+from training.errors import DataError
 from training.progress import build_once
 from training.tokenizer import MODEL_FILE, SPACE, load_sentencepiece, resolve_tokenizer
 
@@ -76,14 +76,10 @@ def prepare(config: Config) -> Prepared:
     """Return the tokens of `config`, made once in `data.cache_dir` whichever process comes first.
 
     Raises:
-        ConfigError: an option is impossible.
         DataError: documents, tokenizer or token file can't be used, or hold less than one row.
         ResourceError: the disk is full.
     """
     length, budget = config.data.sequence_length, config.data.token_budget
-    for key, value in (("sequence_length", length), ("token_budget", budget), ("num_proc", config.data.num_proc)):
-        if value is not None and value < 1:
-            raise ConfigError(f"data.{key}: expected at least 1, got {value}")
     corpus = open_corpus(config.data)
     tokenizer_folder = resolve_tokenizer(config, corpus)
     processor = load_sentencepiece(tokenizer_folder)
@@ -331,7 +327,12 @@ def collate(tokens: PackedTokens, rows: np.ndarray, sequence_length: int, bounda
 def evaluation_batches(
     tokens: PackedTokens, sequence_length: int, micro_batch_size: int, max_tokens: int, boundaries: bool
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the first rows in order, `micro_batch_size` at a time, up to `max_tokens` tokens, at least one row."""
-    count = min(tokens.num_rows(sequence_length), max(1, max_tokens // sequence_length))
+    """Yield rows spread evenly over the tokens, the same every time, `micro_batch_size` at a time.
+
+    They hold at most `max_tokens` tokens, but at least one row.
+    """
+    available = tokens.num_rows(sequence_length)
+    count = min(available, max(1, max_tokens // sequence_length))
+    rows = np.arange(count) * available // count
     for first in range(0, count, micro_batch_size):
-        yield collate(tokens, np.arange(first, min(first + micro_batch_size, count)), sequence_length, boundaries)
+        yield collate(tokens, rows[first : first + micro_batch_size], sequence_length, boundaries)

@@ -18,8 +18,8 @@ tags:
 
 # {name}, step {step:,}
 
-A TransNormer language model (attention without softmax) with {layers} layers, width {width},
-{heads} heads of {head_dim} channels and a vocabulary of {vocab:,}, after {tokens:,} tokens of the corpus `{corpus}` in rows of {length:,}.
+A TransNormer language model (attention without softmax) with {layers} layers, width {width}, {heads} heads of
+{head_dim} channels and a vocabulary of {vocab:,}, after {tokens:,} tokens of the corpus `{corpus}` in rows of {length:,}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

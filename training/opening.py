@@ -43,9 +43,11 @@ def open_model(name: str, device: str, dtype: str) -> tuple[Any, Any, str]:
     with working("loading torch and transformers"):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
 
         import model  # noqa: F401 (registers the architecture)
 
+    disable_progress_bar()
     folder = model_folder(name)
     with working(f"opening {folder}"):
         try:

@@ -84,8 +84,6 @@ def train_tokenizer(corpus: Corpus, options: TokenizerConfig, folder: Path) -> T
         ConfigError: the vocabulary is smaller than its necessary pieces or larger than the documents can fill.
         DataError: the exported tokenizer differs from sentencepiece.
     """
-    if options.sample_bytes < 1:
-        raise ConfigError(f"tokenizer.sample_bytes: expected at least 1, got {options.sample_bytes}")
     with working("reading documents for the tokenizer"):
         chunks, held_out = _sample(corpus, options.sample_bytes)
     with working("training the tokenizer"):

@@ -18,8 +18,10 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from filelock import FileLock, Timeout
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from model import TransnormerConfig, TransnormerForCausalLM
 from training.checkpoint import (
@@ -72,6 +74,7 @@ class Trainer:
         self.step = self.tokens = self.skipped = 0
         self.evaluated = self.saved = -1  # steps of the last evaluation and checkpoint
         self.stop = StopSignal()
+        disable_progress_bar()  # the bars of loading and saving would tear ours
         check_trackers(config.tracking)
         self.accelerator = _accelerator(config)
         self.main = self.accelerator.is_main_process
@@ -101,13 +104,13 @@ class Trainer:
             model = TransnormerForCausalLM(model_config)
             model.to(self.accelerator.device)
             if self.config.training.gradient_checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+                _checkpoint_activations(model)
             self.named_parameters = dict(model.named_parameters())
             optimizer = build_optimizer(model, self.config.optim, self.accelerator.device)
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+            self.module = self.accelerator.unwrap_model(self.model)  # saved, evaluated and asked for samples
             if self.config.training.compile:
-                self.model.compile()
-        self.module = self.accelerator.unwrap_model(self.model)  # saved, evaluated and asked for samples
+                self.model = torch.compile(self.model)  # the update alone: generation would compile every length
         self.flops = flops_per_token(model_config)
         self.peak = self._peak_flops()
         self._say(
@@ -289,7 +292,12 @@ class Trainer:
             if list_checkpoints(self.out):
                 raise ConfigError(f"--resume never: {self.out} holds checkpoints of a run; give another --out")
             return None
-        verify_checkpoint(Path(resume))
+        step = verify_checkpoint(Path(resume)).step
+        later = [path.name for path in list_checkpoints(self.out) if path.name > f"step_{step:08d}"]
+        if later:
+            raise ConfigError(
+                f"--resume {resume}: {self.out} holds later checkpoints ({', '.join(later)}); give another --out"
+            )
         return Path(resume)
 
     def _load(self, checkpoint: Path) -> None:
@@ -321,7 +329,9 @@ class Trainer:
         (self.out / "config.yaml").write_text(text, encoding="utf-8")
         self.metrics = MetricsWriter(self.out, self.step)
         stack.callback(self.metrics.close)
-        self.trackers = open_trackers(self.config.tracking, self.out, config_dict(self.config), self.tracker_run_id)
+        self.trackers = open_trackers(
+            self.config.tracking, self.out, config_dict(self.config), self.tracker_run_id, self.step
+        )
         stack.callback(self.trackers.close)
 
     def _batch(self, step: int) -> Batch:
@@ -489,8 +499,15 @@ def _model_config(config: Config, vocab_size: int, special_ids: dict[str, int]) 
             **dataclasses.asdict(config.model),
             **special_ids,
         )
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"model.{' '.join(str(error).split())}") from None
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
+        raise ConfigError(f"model.{reason}") from None
+
+
+def _checkpoint_activations(model: TransnormerForCausalLM) -> None:
+    # transformers 6 keeps the first name alone, 5.17 has the second alone.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _refuse_other_run(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
