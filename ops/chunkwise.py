@@ -1,4 +1,4 @@
-"""Lightning attention in chunks: every product batched over chunks, one short loop carrying the state.
+"""Lightning attention in chunks: every product batched over chunks, a scan carries the state.
 
 Forward, for a chunk of n tokens, i and j counted from its start, S the state before it:
     o_i = Σ_{j ≤ i} λ^(i-j) (q_i·k_j) v_j + λ^(i+1) q_i S                              (1)
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .decay import causal_decay, powers
+from .scan import scan
 from .validation import MIN_LENGTH, compute_type, expand_heads, vector_length
 
 
@@ -94,7 +95,8 @@ def backward(
     do = _chunk(grad_o.to(c.v.dtype), layout)  # (B, H, N, C, E)
     states, _ = _states(c, initial_state, layout)
     update = _product((c.q * c.read).to(do.dtype).mT, do)
-    grad_states = _scan(update, c.carry, grad_state, layout, reverse=True)  # of the state after each chunk
+    sequence = layout.packed and layout.packed.sequence
+    grad_states = scan(update, c.carry, grad_state, sequence, reverse=True)  # of the state after each chunk
     grad_initial = _leave(grad_states, update, c.carry, grad_state, layout, reverse=True)
     del update
 
@@ -136,7 +138,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _layout(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Layout:
     """Lay every sequence out in chunks of its own; shapes depend on shapes only, so that no GPU value is read."""
     tokens = q.shape[2]
-    size = _chunk_size(tokens, max(q.shape[3], v.shape[3]))
+    size = _chunk_size(tokens, max(q.shape[3], v.shape[3]), q.is_cuda)
     if cu_seqlens is None:
         starts = torch.arange(0, tokens, size, device=q.device)
         return Layout(size, (tokens - starts).clamp(max=size), None)
@@ -156,9 +158,15 @@ def _layout(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Layout:
     return Layout(size, lengths, Packing(slots, sequence, first, last, counts == 0, valid))
 
 
-def _chunk_size(tokens: int, width: int) -> int:
-    """Work inside a chunk grows with its size, traffic of states falls with it: about the width balances them."""
-    size = 64 if width <= 64 else 128 if width <= 256 else 256
+def _chunk_size(tokens: int, width: int, on_gpu: bool) -> int:
+    """Work inside a chunk grows with its size, traffic of states falls with it: the fastest by measurement.
+
+    A GPU wants larger ones than a CPU: each chunk costs it the launches of a step of the scan.
+    """
+    if on_gpu:
+        size = 128 if width <= 64 else 256
+    else:
+        size = 64 if width <= 128 else 128
     while size >= 2 * max(tokens, 16):
         size //= 2
     return size
@@ -209,32 +217,7 @@ def _unchunk(x: Tensor, layout: Layout, tokens: int) -> Tensor:
 def _states(c: Chunks, initial_state: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
     """State before each chunk and the second summand of (2): both (B, H, N, D, E)."""
     update = _product((c.k * c.write).to(c.v.dtype).mT, c.v)
-    return _scan(update, c.carry, initial_state, layout), update
-
-
-def _scan(update: Tensor, carry: Tensor, start: Tensor | None, layout: Layout, reverse: bool = False) -> Tensor:
-    """What arrives at each chunk: `start` at a sequence's first one, then `carry · arrived + update` of the one before.
-
-    update (B, H, N, D, E), carry (H, N, 1, 1), start (sequences, H, D, E) or None for zeros. `reverse` walks from
-    the right, where a sequence begins with its last chunk.
-    """
-    arrived = torch.empty_like(update)
-    if update.shape[2] == 0:
-        return arrived
-    zeros = torch.zeros_like(update[:, :, 0])
-    packed = layout.packed
-    state = zeros if start is None or packed is not None else start
-    if packed is not None:
-        change, edge = packed.sequence.diff() != 0, torch.ones_like(packed.sequence[:1], dtype=torch.bool)
-        begins = torch.cat([change, edge] if reverse else [edge, change])
-    order = range(update.shape[2])
-    for n in reversed(order) if reverse else order:
-        if packed is not None:
-            fresh = zeros if start is None else start.index_select(0, packed.sequence[n : n + 1])
-            state = torch.where(begins[n], fresh, state)
-        arrived[:, :, n] = state
-        state = torch.addcmul(update[:, :, n], state, carry[:, n])
-    return arrived
+    return scan(update, c.carry, initial_state, layout.packed and layout.packed.sequence), update
 
 
 def _leave(

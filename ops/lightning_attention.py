@@ -54,7 +54,7 @@ def lightning_attention(
 
     Gradients flow to q, k, v, log_decay and initial_state, once: a second derivative is an error. Under autocast
     q, k and v are cast to its type. On a GPU the values of log_decay and cu_seqlens are not read, since that would
-    stall it: a positive log_decay, and tokens outside cu_seqlens, give NaN there.
+    stall it: a positive log_decay, and bounds that do not rise from 0 to T, give NaN there.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

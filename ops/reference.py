@@ -4,6 +4,8 @@ Every function computes in float64 for float64 inputs and in float32 otherwise, 
 Shapes: q (B, H, T, D), k (B, G, T, D), v (B, G, T, E); states (B, H, D, E), or (N, H, D, E) with `cu_seqlens`.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -115,7 +117,7 @@ def _by_sequence(definition, q, k, v, log_decay, qk_norm, initial_state, cu_seql
     """Apply a definition to each packed sequence alone and join the outputs and states."""
     bounds = cu_seqlens.tolist()
     results = []
-    for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
         state = None if initial_state is None else initial_state[n : n + 1]
         parts = (x[:, :, start:end] for x in (q, k, v))
         results.append(definition(*parts, log_decay, qk_norm, state))

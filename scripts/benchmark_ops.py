@@ -99,11 +99,11 @@ class Call:
             attention = self._attention(at)
             yield lambda inputs=inputs, attention=attention, at=at: self._pass(inputs, attention, self.do[:, at])  # type: ignore[misc]
 
-    def _pass(self, inputs: list[Tensor], attention: Callable[..., Tensor], do: Tensor) -> list[Tensor]:
+    def _pass(self, inputs: list[Tensor], attention: Callable[..., Any], do: Tensor) -> list[Tensor]:
         o = attention(*inputs)
         return [o.detach(), *torch.autograd.grad(o, inputs, do)] if self.case.backward else [o]
 
-    def _attention(self, at: slice) -> Callable[..., Tensor]:
+    def _attention(self, at: slice) -> Callable[..., Any]:
         norm, log_decay = self.case.qk_norm, self.log_decay[at]
         if self.implementation == "torch":
             return lambda q, k, v: lightning_attention(q, k, v, log_decay, qk_norm=norm, backend="torch")
@@ -119,8 +119,9 @@ class Call:
     def truth(self) -> list[Tensor]:
         """Float64 results of the first key/value head and its query heads."""
         share = self.case.H // self.case.G
-        inputs = [x[:, :n].double().requires_grad_() for x, n in ((self.q, share), (self.k, 1), (self.v, 1))]
-        o, _ = chunkwise(*inputs, self.log_decay[:share].double(), self.case.qk_norm, chunk_size=128)
+        heads = ((self.q, share), (self.k, 1), (self.v, 1))
+        q, k, v = inputs = [x[:, :n].double().requires_grad_() for x, n in heads]
+        o, _ = chunkwise(q, k, v, self.log_decay[:share].double(), self.case.qk_norm, chunk_size=128)
         if not self.case.backward:
             return [o.detach()]
         return [o.detach(), *torch.autograd.grad(o, inputs, self.do[:, :share].double())]
@@ -193,7 +194,8 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
     run()
     _quietly(recorded.stop)
     held = peak = 0
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    every: list[Any] = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = [e for e in every if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
@@ -257,7 +259,7 @@ def benchmark(cases: Iterable[Case], args: argparse.Namespace) -> list[Result]:
     print(
         f"\n{'case':44} {'implementation':14} {'median':>10} {'spread':>7} {'runs':>5} {'peak':>10} {'error':>8} ratio"
     )
-    results = []
+    results: list[Result] = []
     for case in cases:
         of_case: dict[str, Result] = {}
         for name in sorted(args.implementations, key=lambda n: n != args.baseline):
@@ -285,11 +287,11 @@ def scaling(results: list[Result]) -> dict[str, float]:
     """Growth from 16,384 to 32,768 tokens, and the materialised mask's time over the operator's at 16,384."""
     time_of = {(r.implementation, r.tokens): r.median for r in results}
     growth = time_of["torch", 32768] / time_of["torch", 16384]
-    print(f"\nT = 32,768 takes {growth:.2f} × the time of T = 16,384 (at most 2.3)")
+    print(f"\nT = 32,768 takes {growth:.2f} times as long as T = 16,384 (at most 2.3)")
     summary = {"growth": growth}
     if ("normal", 16384) in time_of:
         summary["mask_over_chunks"] = time_of["normal", 16384] / time_of["torch", 16384]
-        print(f"T = 16,384: the materialised mask takes {summary['mask_over_chunks']:.1f} × the time (at least 10)")
+        print(f"T = 16,384: the materialised mask takes {summary['mask_over_chunks']:.1f} times as long (at least 10)")
     return summary
 
 
@@ -297,10 +299,10 @@ def memory(case: Case) -> dict[str, int | None]:
     """What forward and backward of lightning attention store and hold at a length, printed and returned in bytes."""
     call = Call(case, "torch", 0)
     (run,) = call.parts()
-    leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
+    leaves = q, k, v = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
     figures = {
         "inputs q, k, v": sum(x.nbytes for x in leaves),
-        "saved for the backward pass": saved_bytes(lambda: lightning_attention(*leaves, call.log_decay)),
+        "saved for the backward pass": saved_bytes(lambda: lightning_attention(q, k, v, call.log_decay)),
         "peak over the inputs, forward + backward": peak_memory(run, call.device),
         "resident set growth of one run": resident_growth(run) if call.device.type == "cpu" else None,
         "(H, T, T) scores that are never made": case.B * case.H * case.T**2 * call.q.element_size(),

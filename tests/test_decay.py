@@ -1,5 +1,6 @@
 """Slopes, layer decays and powers of λ."""
 
+import itertools
 import math
 
 import pytest
@@ -33,7 +34,7 @@ def test_deeper_layers_forget_less() -> None:
     assert decays[0] == pytest.approx([-s * (1 + 1e-5) for s in alibi_slopes(8)])
     assert decays[2] == pytest.approx([-s * (0.5 + 1e-5) for s in alibi_slopes(8)])
     assert decays[4] == pytest.approx([-s * 1e-5 for s in alibi_slopes(8)])
-    assert all(x < y < 0 for a, b in zip(decays, decays[1:], strict=False) for x, y in zip(a, b, strict=True))
+    assert all(x < y < 0 for a, b in itertools.pairwise(decays) for x, y in zip(a, b, strict=True))
 
 
 def test_one_head_and_one_layer_divide_by_nothing() -> None:

@@ -26,9 +26,9 @@ from scripts.benchmark_ops import peak_memory, saved_bytes
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 CASES = [
-    *(Case(T=t) for t in (0, 1, 2, 31, 63, 64, 65, 128, 200)),  # chunks of 64
-    *(Case(T=t, D=96, E=160, B=1, H=2, Gk=2, Gv=1) for t in (127, 129, 392)),  # chunks of 128
-    Case(T=300, D=300, E=8, B=1, H=1, Gk=1, Gv=1),  # chunks of 256
+    *(Case(T=t) for t in (0, 1, 2, 31, 63, 64, 65, 127, 128, 129, 200)),  # chunks of 64, on a GPU of 128
+    *(Case(T=t, D=96, E=160, B=1, H=2, Gk=2, Gv=1) for t in (127, 129, 255, 257, 392)),  # of 128, on a GPU of 256
+    Case(T=300, D=300, E=8, B=1, H=1, Gk=1, Gv=1),
     *(Case(decay=decay) for decay in (None, 0.0, -1e-6, -8.0, -50.0, -math.inf)),
     *(Case(Gk=a, Gv=b) for a, b in ((1, 1), (2, 2), (1, 4), (4, 2), (2, 1))),
     Case(H=6, Gk=3, Gv=2, qk_norm=True),

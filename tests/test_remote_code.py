@@ -79,6 +79,7 @@ CODE = {
     "lightning_attention.py",
     "modeling_transnormer.py",
     "packing_transnormer.py",
+    "scan.py",
     "validation.py",
 }
 IDS = random_ids(2, 20)
