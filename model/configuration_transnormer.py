@@ -109,7 +109,7 @@ class TransnormerConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a whole number from 1, got {getattr(self, name)}")
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise ValueError(
                 f"num_key_value_heads: expected a divisor of num_attention_heads {self.num_attention_heads},"
                 f" got {self.num_key_value_heads}"

@@ -29,9 +29,9 @@ try:  # in the repository the operators are a package; beside a checkpoint the s
     from ops.lightning_attention import lightning_attention, lightning_attention_step
     from ops.validation import unit_length
 except ImportError:
-    from .decay import layer_log_decay
-    from .lightning_attention import lightning_attention, lightning_attention_step
-    from .validation import unit_length
+    from .decay import layer_log_decay  # type: ignore[no-redef]
+    from .lightning_attention import lightning_attention, lightning_attention_step  # type: ignore[no-redef]
+    from .validation import unit_length  # type: ignore[no-redef]
 
 
 class SimpleRMSNorm(nn.Module):
@@ -76,25 +76,27 @@ class LightningAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.head_dim
-        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        assert config.head_dim is not None  # the configuration fills in both
+        assert config.num_key_value_heads is not None
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        query, key = self.num_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.widths = (query, key, key, query)  # q, k, v and the gate u
         self.qkvu_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
         self.out_proj = nn.Linear(query, config.hidden_size, bias=False)
         self.norm = SimpleRMSNorm(config.rms_norm_eps)
         uses_lrpe = layer_idx in config.lrpe_layers
         self.lrpe = LinearizedRelativePosition(self.num_heads, self.head_dim) if uses_lrpe else None
-        # A Python list survives the meta device and casts of the module; a buffer survives neither.
-        self.initial_log_decay = layer_log_decay(self.num_heads, layer_idx, config.num_hidden_layers)
         if config.decay == "learned":
             self.decay_log = nn.Parameter(torch.empty(self.num_heads))  # log(-log_decay), so that it stays ≤ 0
             self.reset_decay()
 
     @torch.no_grad()
     def reset_decay(self) -> None:
-        log_decay = torch.tensor(self.initial_log_decay, dtype=torch.float32, device=self.decay_log.device)
-        init.copy_(self.decay_log, (-log_decay).log())
+        init.copy_(self.decay_log, (-self.fixed_log_decay(self.decay_log.device)).log())
+
+    def fixed_log_decay(self, device: torch.device) -> Tensor:
+        """Made anew in every pass: a buffer would survive neither the meta device nor a cast of the module."""
+        return layer_log_decay(self.num_heads, self.layer_idx, self.config.num_hidden_layers, device)
 
     def log_decay(self, device: torch.device) -> Tensor | None:
         """Log-decay of each head, (H,) float32, or None without decay."""
@@ -102,7 +104,7 @@ class LightningAttention(nn.Module):
             return None
         if self.config.decay == "learned":
             return -self.decay_log.float().exp()
-        return torch.tensor(self.initial_log_decay, dtype=torch.float32, device=device)
+        return self.fixed_log_decay(device)
 
     def forward(
         self,
@@ -116,17 +118,17 @@ class LightningAttention(nn.Module):
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))
         q, k = F.silu(q), F.silu(k)  # (B, H, T, D), (B, G, T, D)
         if self.lrpe is not None:
-            q, k = self.encode_positions(q, k, position_ids)
+            q, k = self._encode_positions(q, k, *self.lrpe(position_ids))
         o = self.attend(q, k, v, packing, cache)  # (B, H, T, D)
         o = self.norm(o.transpose(1, 2).flatten(2))  # (B, T, H·D)
         return self.out_proj(o * gate)
 
-    def encode_positions(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _encode_positions(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """LRPE of q and k; k gets a copy for each query head, because θ differs between them: (B, H, T, 2D)."""
-        if k.shape[1] != q.shape[1]:
-            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        cos, sin = self.lrpe(position_ids)
-        return tuple(torch.cat([x * cos, x * sin], dim=-1).to(x.dtype) for x in (q, k))
+        k = k.expand_as(q) if k.shape[1] == 1 else k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        q, k = (torch.cat([x * cos, x * sin], dim=-1).to(x.dtype) for x in (q, k))
+        return q, k
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, cache: RecurrentLayer | None) -> Tensor:
         """The operator over one token, whole rows, or packed sequences; keeps the state in the cache."""
@@ -135,7 +137,7 @@ class LightningAttention(nn.Module):
         qk_norm = self.config.qk_norm == "l2"
         state = None if cache is None or cache.state is None else cache.state.to(q.device)
         differentiable = torch.is_grad_enabled() and q.requires_grad
-        if state is not None and tokens == 1 and packing is None and not differentiable:
+        if cache is not None and state is not None and tokens == 1 and packing is None and not differentiable:
             if qk_norm:
                 q, k = unit_length(q), unit_length(k)
             o = lightning_attention_step(q, k, v, log_decay, state)
@@ -284,12 +286,12 @@ class TransnormerModel(TransnormerPreTrainedModel):
 
         valid = _valid_tokens(attention_mask, hidden_states)  # (B, T) bool, or None when all are
         packing = self._packing(hidden_states, attention_mask, valid, position_ids, past_key_values, cu_seq_lens_q)
-        documents = packing is not None and not packing.padded
-        if documents and (past_key_values is not None or use_cache):
+        documents = None if packing is None or packing.padded else packing
+        if documents is not None and (past_key_values is not None or use_cache):
             raise ValueError("packed documents: expected no cache, each document has a state of its own")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if past_key_values is None and use_cache and not documents:
+        if past_key_values is None and use_cache and documents is None:
             past_key_values = TransnormerCache(self.config)
         if past_key_values is not None and self.gradient_checkpointing and self.training:
             raise ValueError("use_cache: expected False with gradient checkpointing, which runs a layer twice")
@@ -297,9 +299,11 @@ class TransnormerModel(TransnormerPreTrainedModel):
             valid = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
         counted = next_positions(past_key_values, valid)
         if position_ids is None:
-            position_ids = packing.positions(hidden_states.shape[1]) if documents else counted
+            position_ids = counted if documents is None else documents.positions(hidden_states.shape[1])
 
-        states = (hidden_states,) if self._wants_hidden_states(output_hidden_states) else None
+        states: tuple[Tensor, ...] | None = (
+            (hidden_states,) if self._wants_hidden_states(output_hidden_states) else None
+        )
         for i, layer in enumerate(self.layers):
             cache = None if past_key_values is None else past_key_values.layers[i]
             hidden_states = layer(hidden_states, position_ids, packing, cache)

@@ -24,21 +24,23 @@ def causal_decay(log_decay: Tensor, length: int) -> Tensor:
     return powers(log_decay, distance.to(log_decay.dtype)).tril()
 
 
-def alibi_slopes(num_heads: int) -> list[float]:
-    """Slopes of H heads: geometric from 2^(-8/H); for H not a power of two, filled from the next one.
+def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
+    """Slopes of H heads, (H,) float32: geometric from 2^(-8/H); for H not a power of two, filled from the next one.
 
+    Made on the device: copying them there in every layer of a forward pass would stall a GPU.
     Source: Press et al. 2022, "Train Short, Test Long", arXiv:2108.12409, and its published code for other H.
     """
     below = 2 ** math.floor(math.log2(num_heads))
-    slopes = [2 ** (-8 * (h + 1) / below) for h in range(below)]
-    between = [2 ** (-4 * (2 * h + 1) / below) for h in range(num_heads - below)]
-    return slopes + between
+    head = torch.arange(num_heads, dtype=torch.float32, device=device)
+    exponent = torch.where(head < below, -8 * (head + 1), -4 * (2 * (head - below) + 1))
+    return torch.exp2(exponent / below)
 
 
-def layer_log_decay(num_heads: int, layer: int, num_layers: int) -> list[float]:
-    """Log-decay of the heads of layer l of N: `-slope_h · (1 - l/(N-1) + 1e-5)`; deeper layers forget less.
+def layer_log_decay(num_heads: int, layer: int, num_layers: int, device: torch.device | str | None = None) -> Tensor:
+    """Log-decay of the heads of layer l of N, (H,) float32: `-slope_h · (1 - l/(N-1) + 1e-5)`.
 
-    Source: Qin et al. 2023, "TransNormerLLM", arXiv:2307.14995, eq. 6, with the offset of its published code.
+    Deeper layers forget less. Source: Qin et al. 2023, "TransNormerLLM", arXiv:2307.14995, eq. 6, with the offset
+    of its published code.
     """
     rate = 1 - layer / max(num_layers - 1, 1) + 1e-5
-    return [-slope * rate for slope in alibi_slopes(num_heads)]
+    return -rate * alibi_slopes(num_heads, device)

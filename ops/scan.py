@@ -4,6 +4,7 @@ Blocks of √N chunks run side by side, each from zero; then the state that ente
 block; then every chunk of a block adds its share of it. Products of λ are formed forwards only, never divided.
 """
 
+import itertools
 import math
 
 import torch
@@ -36,7 +37,7 @@ def scan(update: Tensor, carry: Tensor, start: Tensor | None, sequence: Tensor |
     for place in _walk(size if chunks else 0, reverse):
         column = slice(place, None, size)  # this place in every block; the last block may be shorter
         here = slice(len(range(place, chunks, size)))
-        if begins is not None:
+        if begins is not None and sequence is not None:
             begin = begins[column]
             fresh = 0.0 if start is None else start[sequence[column]].transpose(0, 1)[None]
             state[:, :, here] = torch.where(begin, fresh, state[:, :, here])
@@ -64,7 +65,7 @@ def _entering(state: Tensor, left: Tensor, reverse: bool) -> Tensor:
     """The state that enters each block, from what the blocks made of zero and what they leave of what enters."""
     entering = torch.zeros_like(state)
     order = list(_walk(state.shape[2], reverse))
-    for block, following in zip(order[:-1], order[1:], strict=True):
+    for block, following in itertools.pairwise(order):
         kept = torch.where(left[:, block] > 0, entering[:, :, block], 0.0)
         entering[:, :, following] = torch.addcmul(state[:, :, block], kept, left[:, block])
     return entering

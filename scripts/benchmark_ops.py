@@ -85,7 +85,7 @@ class Call:
             for heads in (case.H, case.G, case.G, case.H)
         )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.log_decay = -torch.tensor(alibi_slopes(case.H), dtype=wide, device=self.device)
+        self.log_decay = -alibi_slopes(case.H, self.device).to(wide)
 
     def parts(self) -> Iterator[Callable[[], list[Tensor]]]:
         """A function for each group of heads that returns o and the gradients of q, k and v."""

@@ -19,7 +19,7 @@ tags:
 # {name}, step {step:,}
 
 A TransNormer language model (attention without softmax) with {layers} layers, width {width}, {heads} heads of
-{head_dim} channels and a vocabulary of {vocab:,}, after {tokens:,} tokens of the corpus `{corpus}` in rows of {length:,}.
+{head_dim} channels and a vocabulary of {vocab:,}, after {tokens:,} tokens of `{corpus}` in rows of {length:,}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
