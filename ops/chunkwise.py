@@ -161,7 +161,7 @@ def _layout(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Layout:
 def _chunk_size(tokens: int, width: int, on_gpu: bool) -> int:
     """Work inside a chunk grows with its size, traffic of states falls with it: the fastest by measurement.
 
-    A GPU wants larger ones than a CPU: each chunk costs it the launches of a step of the scan.
+    A GPU wants larger ones than a CPU, since it waits for every step of the scan.
     """
     if on_gpu:
         size = 128 if width <= 64 else 256

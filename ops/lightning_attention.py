@@ -171,9 +171,11 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
     wide = state.dtype
     k, v = (expand_heads(x, q.shape[1]).to(wide) for x in (k, v))
-    if log_decay is not None:
-        state.mul_(powers(log_decay.to(wide), log_decay.new_ones(1, 1)))
-    state.addcmul_(k.mT, v)  # (B, H, D, 1) · (B, H, 1, E)
+    new = k.mT * v  # (B, H, D, E)
+    if log_decay is None:
+        state.add_(new)
+    else:  # one operation, so that the state is rounded once a token where products and sums fuse
+        torch.addcmul(new, state, powers(log_decay.to(wide), log_decay.new_ones(1, 1)), out=state)
     with no_autocast(q):
         return (q.to(wide) @ state).to(q.dtype)
 

@@ -75,8 +75,12 @@ def test_the_reference_by_chunks_is_one_of_the_definitions(case: Case, device: t
     assert_same(call(case, chunkwise, device), call(case, quadratic, device))
 
 
-def test_long_sequences_agree(device: torch.device) -> None:
-    case = Case(T=2048, B=1, H=2, Gk=1, Gv=2)
+# More chunks than the scan takes in one go, with sequences that begin inside its blocks.
+LONG = [Case(T=2100, B=1, H=2, Gk=1, Gv=2), packed(0, 700, 2100, 2100, 2500, H=2, Gk=2, Gv=1)]
+
+
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_sequences_agree(case: Case, device: torch.device) -> None:
     assert_same(call(case, lightning, device), call(case, quadratic, device), tolerance=1e-10)
 
 
@@ -298,13 +302,34 @@ def test_nan_stays_in_its_row_of_the_batch(name: str, device: torch.device) -> N
     assert actual["o"][1].isnan().any()
 
 
+@pytest.mark.parametrize("sequence", [0, 1, 2])
+@pytest.mark.parametrize("bounds", [(0, 60, 70, 200), (0, 700, 2100, 2500)], ids=str)
+def test_nan_stays_in_its_packed_sequence(bounds: tuple[int, ...], sequence: int, device: torch.device) -> None:
+    case = packed(*bounds, H=2, Gk=1, Gv=2)
+    cu_seqlens, grads = case.cu_seqlens(device), output_gradients(case, device)
+    tensors = inputs(case, device)
+    clean = run(lightning, tensors, *grads, cu_seqlens=cu_seqlens)
+    inside = torch.arange(case.T, device=device)
+    inside = (inside >= bounds[sequence]) & (inside < bounds[sequence + 1])
+    for name in ("q", "k", "v"):
+        tensors[name][:, :, inside] = torch.nan
+    tensors["initial_state"][sequence] = torch.nan
+    actual = run(lightning, tensors, *grads, cu_seqlens=cu_seqlens)
+    assert actual["o"][:, :, inside].isnan().all()
+    for name in ("o", "gradient of q", "gradient of k", "gradient of v"):
+        assert torch.equal(actual[name][:, :, ~inside], clean[name][:, :, ~inside]), name
+    others = [n for n in range(3) if n != sequence]
+    for name in ("state", "gradient of initial_state"):
+        assert torch.equal(actual[name][others], clean[name][others]), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda t: str(t)[6:])
 @pytest.mark.parametrize("value", [3.0, -math.inf, math.inf, math.nan])
-@pytest.mark.parametrize("case", [Case(T=150), packed(0, 90, 90, 150)], ids=str)
+@pytest.mark.parametrize("case", [Case(T=150), packed(0, 90, 90, 150), *LONG], ids=str)
 def test_a_token_changes_nothing_before_it(case: Case, value: float, dtype: torch.dtype, device: torch.device) -> None:
     tensors = inputs(case, device, dtype)
     before = lightning_attention(**tensors, cu_seqlens=case.cu_seqlens(device))
-    for at, name in itertools.product((0, 37, 64, 100, 149), ("q", "k", "v")):
+    for at, name in itertools.product((0, 37, 64, 100, case.T - 1), ("q", "k", "v")):
         changed = {**tensors, name: tensors[name].clone()}
         changed[name][:, :, at, 3] = value
         after, state = lightning(**changed, cu_seqlens=case.cu_seqlens(device))
