@@ -23,6 +23,8 @@ from .decay import causal_decay, powers
 from .scan import scan
 from .validation import MIN_LENGTH, compute_type, expand_heads, vector_length
 
+LARGE = 2**21  # elements of q, over which a CPU takes one head at a time
+
 
 class Layout(NamedTuple):
     """Where N chunks of C slots lie in the tokens, and which sequence each of them belongs to."""
@@ -65,6 +67,93 @@ def forward(
     qk_norm: bool,
 ) -> tuple[Tensor, Tensor]:
     """Equations (1) and (2); returns o (B, H, T, E) in v's type and the final state (sequences, H, D, E)."""
+    if not _head_by_head(q, v):
+        return _forward(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
+    o = v.new_empty((*q.shape[:3], v.shape[3]))
+    final = _new_state(q, v, cu_seqlens)
+    for h in range(q.shape[1]):
+        parts = _of_head(h, q, k, v, log_decay, initial_state)
+        o[:, h : h + 1], final[:, h : h + 1] = _forward(*parts, cu_seqlens, qk_norm)
+    return o, final
+
+
+def backward(
+    grad_o: Tensor,
+    grad_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    qk_norm: bool,
+    decay_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Equations (3) to (7); returns the gradients of q, k, v, log_decay (H,) and the initial state.
+
+    Without `decay_grad` equation (7) is left out, and zeros stand for its result.
+    """
+    if not _head_by_head(q, v):
+        dq, dk, dv, grad_decay, grad_initial = _backward(
+            grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, decay_grad
+        )
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), grad_decay, grad_initial
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk, dv = (torch.zeros_like(x, dtype=compute_type(x.dtype), memory_format=torch.contiguous_format) for x in (k, v))
+    grad_decay = q.new_empty(q.shape[1], dtype=compute_type(q.dtype))
+    grad_initial = _new_state(q, v, cu_seqlens)
+    for h in range(q.shape[1]):
+        here, parts = slice(h, h + 1), _of_head(h, q, k, v, log_decay, initial_state)
+        dq[:, here], dk_h, dv_h, grad_decay[here], grad_initial[:, here] = _backward(
+            grad_o[:, here], grad_state[:, here], *parts, cu_seqlens, qk_norm, decay_grad
+        )
+        dk[:, _shared(h, q, k)] += dk_h
+        dv[:, _shared(h, q, v)] += dv_h
+    return dq, dk.to(k.dtype), dv.to(v.dtype), grad_decay, grad_initial
+
+
+def _new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    return q.new_empty((sequences, q.shape[1], q.shape[3], v.shape[3]), dtype=compute_type(q.dtype))
+
+
+def _head_by_head(q: Tensor, v: Tensor) -> bool:
+    """Whether to take one head at a time: on a CPU, where large intermediate tensors cost more than their arithmetic.
+
+    There the memory of each one over 32 MiB is mapped, and cleared page by page, again in every call.
+    """
+    return not q.is_cuda and q.shape[1] > 1 and q[..., 0].numel() * max(q.shape[3], v.shape[3]) > LARGE
+
+
+def _of_head(
+    h: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The arguments of one query head, with the key/value heads that it reads."""
+    here = slice(h, h + 1)
+    return (
+        q[:, here],
+        k[:, _shared(h, q, k)],
+        v[:, _shared(h, q, v)],
+        None if log_decay is None else log_decay[here],
+        None if initial_state is None else initial_state[:, here],
+    )
+
+
+def _shared(h: int, q: Tensor, x: Tensor) -> slice:
+    """Which key or value head query head h reads."""
+    head = h * x.shape[1] // q.shape[1]
+    return slice(head, head + 1)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    qk_norm: bool,
+) -> tuple[Tensor, Tensor]:
     layout = _layout(q, v, cu_seqlens)
     c = _chunks(q, k, v, log_decay, qk_norm, layout)
     scores = _product(c.q, c.k.mT).mul_(c.mask).tril_()  # (B, H, N, C, C)
@@ -78,7 +167,7 @@ def forward(
     return _unchunk(o, layout, q.shape[2]).to(v.dtype), final
 
 
-def backward(
+def _backward(
     grad_o: Tensor,
     grad_state: Tensor,
     q: Tensor,
@@ -88,8 +177,8 @@ def backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     qk_norm: bool,
+    decay_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Equations (3) to (7); returns the gradients of q, k, v, log_decay (H,) and the initial state."""
     layout = _layout(q, v, cu_seqlens)
     c = _chunks(q, k, v, log_decay, qk_norm, layout)
     do = _chunk(grad_o.to(c.v.dtype), layout)  # (B, H, N, C, E)
@@ -103,29 +192,32 @@ def backward(
     qk = _product(c.q, c.k.mT)
     a = _product(do, c.v.mT).mul_(c.mask).tril_()
     dv = _product((qk * c.mask).tril_().to(do.dtype).mT, do)
-    grad_decay = _by_distance(qk, a)
+    grad_decay = _by_distance(qk, a) if decay_grad else qk.new_zeros(qk.shape[1])
     a = a.to(do.dtype)
     dq, dk = _product(a, c.k), _product(a.mT, c.q)
     del qk, a
 
     through = _product(do, states.to(do.dtype).mT).mul_(c.read)  # second summand of (3)
     steps = torch.arange(1, layout.size + 1, device=q.device)[:, None]
-    grad_decay += (through * c.q * steps).sum((0, 2, 3, 4))
+    if decay_grad:
+        grad_decay += (through * c.q * steps).sum((0, 2, 3, 4))
     dq += through
     narrow = grad_states.to(do.dtype)
     through = _product(c.v, narrow.mT).mul_(c.write)  # second summand of (4)
     rest = (layout.lengths[:, None, None] - steps).clamp(min=0)
-    grad_decay += (through * c.k * rest).sum((0, 2, 3, 4))
+    if decay_grad:
+        grad_decay += (through * c.k * rest).sum((0, 2, 3, 4))
     dk += through
     dv.addcmul_(_product(c.k, narrow), c.write)
-    carried = (states * grad_states).sum((-2, -1)) * c.carry[..., 0, 0]  # (B, H, N)
-    grad_decay += (carried * layout.lengths).sum((0, 2))
+    if decay_grad:
+        carried = (states * grad_states).sum((-2, -1)) * c.carry[..., 0, 0]  # (B, H, N)
+        grad_decay += (carried * layout.lengths).sum((0, 2))
 
     dq, dk, dv = (_unchunk(x, layout, q.shape[2]) for x in (dq, dk, dv))
     dk, dv = sum_groups(dk, k.shape[1]), sum_groups(dv, v.shape[1])
     if qk_norm:
         dq, dk = unit_length_backward(dq, q), unit_length_backward(dk, k)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), grad_decay, grad_initial
+    return dq, dk, dv, grad_decay, grad_initial
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

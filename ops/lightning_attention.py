@@ -140,13 +140,16 @@ def _backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     qk_norm: bool,
+    decay_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with no_autocast(q):
-        return chunkwise_backward(grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
+        return chunkwise_backward(
+            grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, decay_grad
+        )
 
 
 @_backward.register_fake
-def _(grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm):  # type: ignore[no-untyped-def]
+def _(grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, decay_grad):  # type: ignore[no-untyped-def]
     grads = (x.new_empty(x.shape) for x in (q, k, v))
     return *grads, grad_state.new_empty(q.shape[1:2]), grad_state.new_empty(grad_state.shape)
 
@@ -159,7 +162,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # read once: gradient checkpointing frees them at the first reading
     log_decay, initial_state = saved[3:5]
-    dq, dk, dv, grad_decay, grad_initial = _backward(grad_o, grad_state, *saved, ctx.qk_norm)
+    dq, dk, dv, grad_decay, grad_initial = _backward(grad_o, grad_state, *saved, ctx.qk_norm, ctx.needs_input_grad[3])
     grad_decay = None if log_decay is None else grad_decay.to(log_decay.dtype)
     return dq, dk, dv, grad_decay, None if initial_state is None else grad_initial, None, None
 

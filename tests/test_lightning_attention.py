@@ -84,6 +84,14 @@ def test_long_sequences_agree(case: Case, device: torch.device) -> None:
     assert_same(call(case, lightning, device), call(case, quadratic, device), tolerance=1e-10)
 
 
+@pytest.mark.parametrize("case", [Case(Gk=2, Gv=1, qk_norm=True), packed(0, 3, 70, 70, 200, Gk=1, Gv=4)], ids=str)
+def test_one_head_at_a_time_agrees(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    at_once = call(case, lightning, cpu)
+    monkeypatch.setattr("ops.chunkwise.LARGE", 0)
+    assert_same(call(case, lightning, cpu), at_once)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda t: str(t)[6:])
 @pytest.mark.parametrize(
     "case",
@@ -177,7 +185,7 @@ def test_operators_keep_the_contract_of_torch_library(layout: str, bounds, devic
     do, dstate = output_gradients(case, device, torch.float32)
     cu_seqlens = case.cu_seqlens(device)
     torch.library.opcheck(_forward, (*leaves, cu_seqlens, True))
-    torch.library.opcheck(_backward, (do, dstate, *tensors.values(), cu_seqlens, True))
+    torch.library.opcheck(_backward, (do, dstate, *tensors.values(), cu_seqlens, True, True))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "projection"])
