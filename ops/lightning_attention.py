@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .chunkwise import backward as chunkwise_backward
 from .chunkwise import forward as chunkwise_forward
-from .decay import powers
+from .decay import step_factors
 from .validation import (
     check_choice,
     check_cu_seqlens,
@@ -177,8 +177,9 @@ def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tens
     new = k.mT * v  # (B, H, D, E)
     if log_decay is None:
         state.add_(new)
-    else:  # one operation, so that the state is rounded once a token where products and sums fuse
-        torch.addcmul(new, state, powers(log_decay.to(wide), log_decay.new_ones(1, 1)), out=state)
+    else:
+        keep, change = (x[:, None, None] for x in step_factors(log_decay.to(wide)))
+        torch.addcmul(new.addcmul_(state, change), state, keep, out=state)
     with no_autocast(q):
         return (q.to(wide) @ state).to(q.dtype)
 

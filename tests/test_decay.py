@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ops.decay import alibi_slopes, causal_decay, layer_log_decay, powers
+from ops.decay import alibi_slopes, causal_decay, layer_log_decay, powers, step_factors
 
 
 def published_slopes(n: int) -> list[float]:
@@ -71,3 +71,21 @@ def test_the_causal_mask(length: int) -> None:
             for j in range(length):
                 expected = math.exp(decay * (i - j)) if i >= j else 0.0
                 assert mask[h, i, j].item() == pytest.approx(expected, rel=1e-6, abs=1e-38)
+
+
+@pytest.mark.parametrize("log_decay", [0.0, -1e-9, -4e-8, -1e-3, -0.4, -0.6, -8.0, -200.0, -math.inf])
+def test_two_thousand_steps_are_one_power(log_decay: float) -> None:
+    keep, change = step_factors(torch.tensor([log_decay]))
+    gains = torch.rand(2000, 64, generator=torch.Generator().manual_seed(0))
+    state = torch.full((64,), 3.0)
+    expected = state.double()
+    for gain in gains:
+        state = keep * state + (change * state + gain)
+        expected = math.exp(log_decay) * expected + gain.double()
+    torch.testing.assert_close(state.double(), expected, rtol=5e-6, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [1e-9, math.inf, math.nan])
+def test_step_factors_of_a_wrong_log_decay_are_nan(wrong: float) -> None:
+    keep, change = step_factors(torch.tensor([-1.0, wrong]))
+    assert (keep + change).isnan().tolist() == [False, True]
