@@ -6,14 +6,17 @@ VENV ?= .venv
 OUT ?= runs/quickstart
 BIN := $(VENV)/bin
 
+# $(call alive,what,command): say what runs, then a dot every 1.5 s until it ends.
+alive = @printf '%s ' '$(1)'; ( while sleep 1.5; do printf .; done ) & beat=$$!; trap 'kill $$beat; echo' EXIT; $(2)
+
 .PHONY: quickstart test check clean
 
 quickstart: $(VENV)/run.stamp
-	@echo "starting accelerate"
-	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-	  train.py --config configs/quickstart.yaml --out $(OUT)
+	@echo 'starting: accelerate launch train.py --config configs/quickstart.yaml --out $(OUT)'
+	@$(BIN)/python -m accelerate.commands.launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
+	  --dynamo_backend no train.py --config configs/quickstart.yaml --out $(OUT)
 
-test: $(VENV)/test.stamp check
+test: check
 	$(BIN)/python -m pytest -n 2
 
 check: $(VENV)/test.stamp
@@ -21,15 +24,16 @@ check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Anew whenever the requirements change; a constraint on each tested version makes it repeatable.
+# Anew whenever the requirements change; the constraints name every tested version, which makes it repeatable.
 $(VENV)/run.stamp: pyproject.toml constraints.txt
-	@echo "making a virtual environment in $(VENV) and installing (a few minutes the first time)"
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e .
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'error: expected Python 3.11 or later, got '"$$($(PYTHON) --version)"'; make PYTHON=... names another'; exit 2; }
+	$(call alive,making a virtual environment in $(VENV),$(PYTHON) -m venv $(VENV))
+	$(call alive,installing with pip (minutes the first time),$(BIN)/python -m pip install -q -c constraints.txt -e .)
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/run.stamp
-	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	$(call alive,installing what the tests need,$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]')
 	@touch $@
 
 clean:

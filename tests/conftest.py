@@ -1,9 +1,14 @@
 """Fixtures that all tests share: devices, the skip of GPU tests, and memory that shows what was never written."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
-import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side: threads of each would wait for those of the others
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402 (reads the variable)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import shutil
 import sys
@@ -15,38 +13,41 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from filelock import FileLock, Timeout
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from model import TransnormerConfig, TransnormerForCausalLM
+from model import TransnormerForCausalLM
 from training.checkpoint import (
     clean_leftovers,
-    latest_checkpoint,
-    list_checkpoints,
     load_optimizer_state,
     load_trainer_state,
     restore_rng,
     save_checkpoint,
-    verify_checkpoint,
 )
 from training.config import Config, config_dict
 from training.data import BatchOrder, Prepared, batch_sha, collate, evaluation_batches, prepare
-from training.errors import CheckpointError, ConfigError, NonFiniteError, ResourceError
+from training.errors import ConfigError, NonFiniteError, ResourceError
 from training.evaluation import Score, complete, score
 from training.metrics import EvaluationRecord, MetricsWriter, StepRecord, Throughput, flops_per_token, mfu, peak_flops
 from training.modelcard import model_card
 from training.optim import build_optimizer, learning_rate, set_learning_rate
 from training.outcome import Interrupted, StopSignal
 from training.progress import working
+from training.setup import (
+    checkpoint_activations,
+    config_hash,
+    count_micro_batches,
+    find_checkpoint,
+    model_config,
+    open_accelerator,
+    refuse_other_run,
+    run_identity,
+)
 from training.tokenizer import load_tokenizer, token_byte_lengths
 from training.trackers import check_trackers, open_trackers
 
-_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 _SMALLEST_SCALE = 1.0  # a loss scale below it can't help: the gradients themselves overflow float16
 
 
@@ -73,13 +74,15 @@ class Trainer:
         self.config, self.out = config, out
         self.step = self.tokens = self.skipped = 0
         self.evaluated = self.saved = -1  # steps of the last evaluation and checkpoint
+        self.stopping = False  # whether any process was asked to stop
+        self.tracker_run_id: str | None = None
         self.stop = StopSignal()
         disable_progress_bar()  # the bars of loading and saving would tear ours
         check_trackers(config.tracking)
-        self.accelerator = _accelerator(config)
+        self.accelerator = open_accelerator(config)
         self.main = self.accelerator.is_main_process
-        self.micro_batches = _micro_batches(config, self.accelerator.num_processes)
-        _model_config(config, vocab_size=config.tokenizer.vocab_size, special_ids={})
+        self.micro_batches = count_micro_batches(config, self.accelerator.num_processes)
+        model_config(config, vocab_size=config.tokenizer.vocab_size, special_ids={})
 
     def prepare_data(self) -> None:
         """Tokenizer, packed tokens and the order of rows; made once and cached."""
@@ -98,20 +101,20 @@ class Trainer:
     def build_model(self) -> None:
         """Model and optimizer on their devices, the same initial weights everywhere."""
         special = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        model_config = _model_config(self.config, self.data.vocab_size, special)
+        shape = model_config(self.config, self.data.vocab_size, special)
         torch.manual_seed(self.config.seed)
         with self._working("building the model"):
-            model = TransnormerForCausalLM(model_config)
+            model = TransnormerForCausalLM(shape)
             model.to(self.accelerator.device)
             if self.config.training.gradient_checkpointing:
-                _checkpoint_activations(model)
+                checkpoint_activations(model)
             self.named_parameters = dict(model.named_parameters())
             optimizer = build_optimizer(model, self.config.optim, self.accelerator.device)
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
             self.module = self.accelerator.unwrap_model(self.model)  # saved, evaluated and asked for samples
             if self.config.training.compile:
                 self.model = torch.compile(self.model)  # the update alone: generation would compile every length
-        self.flops = flops_per_token(model_config)
+        self.flops = flops_per_token(shape)
         self.peak = self._peak_flops()
         self._say(
             f"{sum(p.numel() for p in model.parameters()):,} parameters, {self.accelerator.num_processes} x"
@@ -122,7 +125,9 @@ class Trainer:
     @contextmanager
     def opened(self, resume: str) -> Iterator[None]:
         """The run's folder, made or gone on with, and everything that is closed at the end."""
-        checkpoint = self._find_checkpoint(resume)
+        checkpoint, passed_over = find_checkpoint(self.out, resume)
+        for message in passed_over:
+            self._say(f"not resumed from: {message}")
         if checkpoint is not None:
             self._load(checkpoint)
         with contextlib.ExitStack() as stack:
@@ -204,7 +209,7 @@ class Trainer:
                     self.optimizer.optimizer,
                     self.named_parameters,
                     self._state(),
-                    _hash(config_dict(self.config)),
+                    config_hash(self.config),
                     self.config.checkpoint.keep,
                 )
             self.accelerator.wait_for_everyone()
@@ -279,31 +284,10 @@ class Trainer:
     def _step_folder(self) -> Path:
         return self.out / "checkpoints" / f"step_{self.step:08d}"
 
-    def _find_checkpoint(self, resume: str) -> Path | None:
-        """The checkpoint that `--resume` means."""
-        if resume == "auto":
-            checkpoint, bad = latest_checkpoint(self.out)
-            for message in bad:
-                self._say(f"not resumed from: {message}")
-            if checkpoint is None and bad:
-                raise CheckpointError(f"{self.out}: none of its {len(bad)} checkpoints is whole; see above")
-            return checkpoint
-        if resume == "never":
-            if list_checkpoints(self.out):
-                raise ConfigError(f"--resume never: {self.out} holds checkpoints of a run; give another --out")
-            return None
-        step = verify_checkpoint(Path(resume)).step
-        later = [path.name for path in list_checkpoints(self.out) if path.name > f"step_{step:08d}"]
-        if later:
-            raise ConfigError(
-                f"--resume {resume}: {self.out} holds later checkpoints ({', '.join(later)}); give another --out"
-            )
-        return Path(resume)
-
     def _load(self, checkpoint: Path) -> None:
         with self._working(f"resuming from {checkpoint}"):
             state = load_trainer_state(checkpoint)
-            _refuse_other_run(checkpoint, state["identity"], self._identity())
+            refuse_other_run(checkpoint, state["identity"], run_identity(self.config, self.data.fingerprint))
             weights = TransnormerForCausalLM.from_pretrained(checkpoint / "model", dtype=torch.float32)
             self.module.load_state_dict(weights.state_dict())
             load_optimizer_state(checkpoint, self.optimizer.optimizer, self.named_parameters)
@@ -313,8 +297,6 @@ class Trainer:
         self.step, self.tokens, self.skipped = (state[name] for name in ("step", "tokens", "skipped"))
         self.tracker_run_id = state["wandb_run_id"]
         self.saved = self.step
-
-    tracker_run_id: str | None = None
 
     def _open_folder(self, stack: contextlib.ExitStack) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -373,8 +355,6 @@ class Trainer:
         self.stopping = stopping > 0
         return loss_value, grad_norm
 
-    stopping = False
-
     def _refuse_non_finite(self, loss: float, grad_norm: float) -> None:
         scaler = self.accelerator.scaler
         wrong = [
@@ -427,7 +407,7 @@ class Trainer:
         )
         if sample is not None:
             self.trackers.log_text(self.step, "sample", sample)
-            self._say("".join(f"  | {line}\n" for line in sample.splitlines()))
+            self._say("\n".join(f"  | {line}" for line in sample.splitlines()))
 
     def _write_model(self, folder: Path) -> None:
         """A transformers model folder: weights, code, tokenizer and card."""
@@ -445,79 +425,5 @@ class Trainer:
             "skipped": self.skipped,
             "scaler": None if scaler is None else scaler.state_dict(),
             "wandb_run_id": self.trackers.run_id,
-            "identity": self._identity(),
+            "identity": run_identity(self.config, self.data.fingerprint),
         }
-
-    def _identity(self) -> dict[str, Any]:
-        """What must not change when a run goes on, or it would be another run."""
-        config = config_dict(self.config)
-        return {
-            "seed": config["seed"],
-            "model": config["model"],
-            "data.fingerprint": self.data.fingerprint,
-            "data.sequence_length": config["data"]["sequence_length"],
-            "data.document_boundaries": config["data"]["document_boundaries"],
-            "training.batch_size": config["training"]["batch_size"],
-        }
-
-
-def _accelerator(config: Config) -> Accelerator:
-    """Devices and precision, as the launcher and the configuration ask."""
-    asked = config.training.precision
-    cuda = torch.cuda.is_available()
-    if asked == "fp16" and not cuda:
-        raise ConfigError("training.precision: expected fp32 or bf16 on a CPU, got fp16: it has no loss scaling there")
-    if asked == "auto":
-        asked = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
-    accelerator = Accelerator(mixed_precision="no" if asked == "fp32" else asked)
-    if accelerator.distributed_type not in _SUPPORTED:
-        raise ConfigError(
-            f"accelerate: expected one process or data parallelism (DDP), got {accelerator.distributed_type.value}"
-        )
-    return accelerator
-
-
-def _micro_batches(config: Config, processes: int) -> int:
-    """Micro-batches that each process runs in a step."""
-    batch, micro = config.training.batch_size, config.training.micro_batch_size
-    if batch % processes:
-        raise ConfigError(f"training.batch_size: expected a multiple of the {processes} processes, got {batch}")
-    share = batch // processes
-    if share % min(micro, share):
-        raise ConfigError(
-            f"training.micro_batch_size: expected a divisor of {share}, the rows of each of {processes} processes,"
-            f" got {micro}"
-        )
-    return share // min(micro, share)
-
-
-def _model_config(config: Config, vocab_size: int, special_ids: dict[str, int]) -> TransnormerConfig:
-    try:
-        return TransnormerConfig(
-            vocab_size=vocab_size,
-            max_position_embeddings=config.data.sequence_length,
-            **dataclasses.asdict(config.model),
-            **special_ids,
-        )
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
-        raise ConfigError(f"model.{reason}") from None
-
-
-def _checkpoint_activations(model: TransnormerForCausalLM) -> None:
-    # transformers 6 keeps the first name alone, 5.17 has the second alone.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-def _refuse_other_run(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    for name in current:
-        if saved.get(name) != current[name]:
-            raise CheckpointError(
-                f"{checkpoint}: {name} was {saved.get(name)!r}, is {current[name]!r}: that is another run;"
-                " give another --out, or the settings it was started with"
-            )
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

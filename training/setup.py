@@ -1,0 +1,121 @@
+"""What a run is made of before its first step: processes and precision, the model's shape, what may not change."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from huggingface_hub.errors import StrictDataclassError
+
+from model import TransnormerConfig, TransnormerForCausalLM
+from training.checkpoint import latest_checkpoint, list_checkpoints, verify_checkpoint
+from training.config import Config, config_dict
+from training.errors import CheckpointError, ConfigError
+
+_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def open_accelerator(config: Config) -> Accelerator:
+    """Devices and precision, as the launcher and the configuration ask."""
+    asked = config.training.precision
+    cuda = torch.cuda.is_available()
+    if asked == "fp16" and not cuda:
+        raise ConfigError("training.precision: expected fp32 or bf16 on a CPU, got fp16: it has no loss scaling there")
+    if asked == "auto":
+        asked = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    accelerator = Accelerator(mixed_precision="no" if asked == "fp32" else asked)
+    if accelerator.distributed_type not in _SUPPORTED:
+        raise ConfigError(
+            f"accelerate: expected one process or data parallelism (DDP), got {accelerator.distributed_type.value}"
+        )
+    return accelerator
+
+
+def count_micro_batches(config: Config, processes: int) -> int:
+    """Micro-batches that each process runs in a step."""
+    batch, micro = config.training.batch_size, config.training.micro_batch_size
+    if batch % processes:
+        raise ConfigError(f"training.batch_size: expected a multiple of the {processes} processes, got {batch}")
+    share = batch // processes
+    if share % min(micro, share):
+        raise ConfigError(
+            f"training.micro_batch_size: expected a divisor of {share}, the rows of each of {processes} processes,"
+            f" got {micro}"
+        )
+    return share // min(micro, share)
+
+
+def model_config(config: Config, vocab_size: int, special_ids: dict[str, Any]) -> TransnormerConfig:
+    """The model's configuration; a shape that can't be is a ConfigError."""
+    try:
+        return TransnormerConfig(
+            vocab_size=vocab_size,
+            max_position_embeddings=config.data.sequence_length,
+            **dataclasses.asdict(config.model),
+            **special_ids,
+        )
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
+        raise ConfigError(f"model.{reason}") from None
+
+
+def checkpoint_activations(model: TransnormerForCausalLM) -> None:
+    """Recompute activations in the backward pass instead of keeping them."""
+    # transformers 6 keeps the first name alone, 5.17 has the second alone.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def find_checkpoint(out: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `--resume` means, or None for a fresh start, and why newer ones were passed over.
+
+    Raises:
+        ConfigError: `resume` does not fit what the run's folder holds.
+        CheckpointError: no checkpoint of the folder, or not the one that was named, is whole.
+    """
+    if resume == "auto":
+        checkpoint, passed_over = latest_checkpoint(out)
+        if checkpoint is None and passed_over:
+            raise CheckpointError(f"{out}: expected a whole checkpoint: {'; '.join(passed_over)}")
+        return checkpoint, passed_over
+    if resume == "never":
+        if list_checkpoints(out):
+            raise ConfigError(f"--resume never: {out} holds checkpoints of a run; give another --out")
+        return None, []
+    step = verify_checkpoint(Path(resume)).step
+    later = [path.name for path in list_checkpoints(out) if path.name > f"step_{step:08d}"]
+    if later:
+        raise ConfigError(f"--resume {resume}: {out} holds later checkpoints ({', '.join(later)}); give another --out")
+    return Path(resume), []
+
+
+def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
+    """What must not change when a run goes on, or it would be another run."""
+    plain = config_dict(config)
+    return {
+        "seed": plain["seed"],
+        "model": plain["model"],
+        "data.fingerprint": data_fingerprint,
+        "data.sequence_length": plain["data"]["sequence_length"],
+        "data.document_boundaries": plain["data"]["document_boundaries"],
+        "training.batch_size": plain["training"]["batch_size"],
+    }
+
+
+def refuse_other_run(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Compare two results of `run_identity`; a difference is a CheckpointError that names it."""
+    for name in current:
+        if saved.get(name) != current[name]:
+            raise CheckpointError(
+                f"{checkpoint}: {name} was {saved.get(name)!r}, is {current[name]!r}: that is another run;"
+                " give another --out, or the settings it was started with"
+            )
+
+
+def config_hash(config: Config) -> str:
+    """sha256 of the whole configuration."""
+    return hashlib.sha256(json.dumps(config_dict(config), sort_keys=True).encode()).hexdigest()
