@@ -8,7 +8,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side: threads of each would wait for those of the others
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402 (reads the variable)
+import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -145,6 +145,7 @@ class TrainingConfig:
         batch_size: rows of a global batch, over all processes and accumulation steps.
         micro_batch_size: rows that one process runs at once; divides batch_size / processes.
         precision: "fp32", "bf16", "fp16", or "auto": bf16 on a GPU that has it, else fp32.
+        cpu_threads: threads of one process that trains on a CPU; null means its share of the cores.
         compile: run the model through torch.compile.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         eval_every: steps between evaluations; 0 evaluates at the end only.
@@ -158,6 +159,7 @@ class TrainingConfig:
     batch_size: int = 16
     micro_batch_size: int = 16
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    cpu_threads: int | None = None
     compile: bool = False
     gradient_checkpointing: bool = False
     eval_every: int = 200
@@ -277,7 +279,7 @@ def check(config: Config) -> None:
         ConfigError: naming the key, what was expected and what came.
     """
     for key, value, least in _lower_bounds(config):
-        if value < least:
+        if value is not None and value < least:
             raise ConfigError(f"{key}: expected {least} or more, got {value}")
     optim, data = config.optim, config.data
     if not optim.lr > 0:
@@ -293,16 +295,16 @@ def check(config: Config) -> None:
         raise ConfigError(f"data.validation_share: expected between 0 and 1, got {data.validation_share}")
 
 
-def _lower_bounds(config: Config) -> list[tuple[str, float, float]]:
+def _lower_bounds(config: Config) -> list[tuple[str, float | None, float]]:
     """Fields that count or measure something, with the least value that makes sense."""
-    optional = (config.data.token_budget, config.data.num_proc, config.training.peak_tflops)
     return [
         ("seed", config.seed, 0),
         ("tokenizer.vocab_size", config.tokenizer.vocab_size, 300),
         ("tokenizer.sample_bytes", config.tokenizer.sample_bytes, 1),
         ("data.sequence_length", config.data.sequence_length, 1),
-        ("data.token_budget", 1 if optional[0] is None else optional[0], 1),
-        ("data.num_proc", 1 if optional[1] is None else optional[1], 1),
+        ("data.token_budget", config.data.token_budget, 1),
+        ("data.num_proc", config.data.num_proc, 1),
+        ("training.cpu_threads", config.training.cpu_threads, 1),
         ("optim.warmup_steps", config.optim.warmup_steps, 0),
         ("optim.weight_decay", config.optim.weight_decay, 0),
         ("optim.eps", config.optim.eps, 1e-30),
@@ -313,7 +315,7 @@ def _lower_bounds(config: Config) -> list[tuple[str, float, float]]:
         ("training.eval_every", config.training.eval_every, 0),
         ("training.eval_tokens", config.training.eval_tokens, 1),
         ("training.sample_tokens", config.training.sample_tokens, 1),
-        ("training.peak_tflops", 1 if optional[2] is None else optional[2], 1e-9),
+        ("training.peak_tflops", config.training.peak_tflops, 1e-9),
         ("checkpoint.every", config.checkpoint.every, 0),
         ("checkpoint.keep", config.checkpoint.keep, 0),
     ]

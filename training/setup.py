@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,15 @@ def open_accelerator(config: Config) -> Accelerator:
         raise ConfigError(
             f"accelerate: expected one process or data parallelism (DDP), got {accelerator.distributed_type.value}"
         )
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(config.training.cpu_threads or _share_of_cores())
     return accelerator
+
+
+def _share_of_cores() -> int:
+    """Cores for each process of this machine: `accelerate launch` would leave one thread, whatever there is."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # as torchrun and accelerate set it
 
 
 def count_micro_batches(config: Config, processes: int) -> int:
