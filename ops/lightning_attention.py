@@ -20,7 +20,8 @@ from .validation import (
 )
 
 BACKENDS = ("auto", "torch", "cuda")
-# A copy of this file that travels with a checkpoint registers operators of its own.
+# A copy of this file that travels with a checkpoint registers operators of its own. Their names must change with their
+# arguments: torch keeps compiled graphs on disk by the name alone.
 _NAMESPACE = "".join(c if c.isalnum() else "_" for c in __name__)
 
 

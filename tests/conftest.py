@@ -1,14 +1,18 @@
 """Fixtures that all tests share: devices, the skip of GPU tests, and memory that shows what was never written."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 
+# Graphs that an earlier version of an operator was compiled into must not answer for this one.
+_compiled = tempfile.TemporaryDirectory(prefix="compiled-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side: threads of each would wait for those of the others
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
+import torch  # noqa: E402 (reads both variables)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
