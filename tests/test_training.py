@@ -318,6 +318,22 @@ def test_what_can_not_work_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_out_that_is_a_file_is_refused(arguments, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run(arguments, tmp_path / "file" / "run") == 2
+    assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
+
+
+def test_a_second_run_into_the_same_folder_is_refused(arguments, tmp_path, capsys):
+    first = start(arguments, tmp_path / "run", "--training.steps=100000")
+    wait_for_step(first, tmp_path / "run", 1)
+    assert run(arguments, tmp_path / "run") == 2
+    assert "is in use by another run" in capsys.readouterr().err
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=30) == 143
+    verify_checkpoint(list_checkpoints(tmp_path / "run")[-1])
+
+
 def test_resume_is_refused_for_another_run_and_for_a_damaged_checkpoint(arguments, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(arguments, out, "--checkpoint.every=3") == 0

@@ -21,12 +21,11 @@ from training.manifest import (
     MANIFEST,
     checkpoint_path,
     describe_files,
-    disk_errors,
     latest_checkpoint,
     list_checkpoints,
-    sync,
     verify_checkpoint,
 )
+from training.storage import disk_errors, sync
 
 __all__ = [
     "clean_leftovers",

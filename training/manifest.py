@@ -1,24 +1,20 @@
 """What makes a folder a checkpoint: a manifest that names every file with its size and sha256, and verifies."""
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
 import platform
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from training.errors import CheckpointError, ResourceError, RunError
+from training.errors import CheckpointError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -182,33 +178,3 @@ def latest_checkpoint(out: Path) -> tuple[Path | None, list[str]]:
         else:
             return folder, messages
     return None, messages
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failure to write `path` into a ResourceError if the disk is full, else into a CheckpointError.
-
-    safetensors and tokenizers raise no OSError: the mark of theirs is "os error N" in the message.
-    """
-    try:
-        yield
-    except RunError:
-        raise
-    except BaseException as error:
-        mark = re.search(r"\(os error (\d+)\)", str(error))
-        if not isinstance(error, OSError) and mark is None:
-            raise
-        number = error.errno if isinstance(error, OSError) else int(mark[1]) if mark else None
-        where = getattr(error, "filename", None) or path
-        if number in _DISK_FULL:
-            raise ResourceError(f"{where}: the disk, a quota or a file size limit is full: {error}") from error
-        raise CheckpointError(f"{where}: can't be written: {error}") from error
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content or a folder's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from training.errors import CheckpointError
-from training.manifest import disk_errors, sync
+from training.storage import disk_errors, sync
 
 
 @dataclass(frozen=True)

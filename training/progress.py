@@ -1,7 +1,5 @@
 """Start-up steps that take long: said to be alive, and done once where several processes need the same folder."""
 
-import errno
-import os
 import shutil
 import sys
 import threading
@@ -13,8 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from training.errors import DataError, ResourceError, RunError
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+from training.storage import DISK_FULL, sync
 
 
 @contextmanager
@@ -73,7 +70,7 @@ def build_once(folder: Path, label: str, build: Callable[[Path], object]) -> Non
 
 def storage_error(message: str, error: OSError) -> RunError:
     """Return a ResourceError where `error` means a full disk, otherwise a DataError."""
-    return (ResourceError if error.errno in _FULL else DataError)(message)
+    return (ResourceError if error.errno in DISK_FULL else DataError)(message)
 
 
 def _beside(folder: Path, suffix: str) -> Path:
@@ -99,20 +96,12 @@ def _build(folder: Path, build: Callable[[Path], object]) -> None:
     try:
         build(partial)
         for path in (*partial.rglob("*"), partial):
-            _sync(path)
+            sync(path)
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder.parent)
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -20,6 +20,15 @@ from training.errors import CheckpointError, ConfigError
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
+def check_out(out: Path) -> None:
+    """Refuse a run's folder that can't be made or written; nothing is written to find out."""
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"--out: expected a folder, got {out}: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out: {nearest} is not writable")
+
+
 def open_accelerator(config: Config) -> Accelerator:
     """Devices and precision, as the launcher and the configuration ask."""
     asked = config.training.precision

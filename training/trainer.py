@@ -36,6 +36,7 @@ from training.optim import build_optimizer, learning_rate, set_learning_rate
 from training.outcome import Interrupted, StopSignal
 from training.progress import working
 from training.setup import (
+    check_out,
     checkpoint_activations,
     config_hash,
     count_micro_batches,
@@ -45,6 +46,7 @@ from training.setup import (
     refuse_other_run,
     run_identity,
 )
+from training.storage import disk_errors
 from training.tokenizer import load_tokenizer, token_byte_lengths
 from training.trackers import check_trackers, open_trackers
 
@@ -78,6 +80,7 @@ class Trainer:
         self.tracker_run_id: str | None = None
         self.stop = StopSignal()
         disable_progress_bar()  # the bars of loading and saving would tear ours
+        check_out(out)
         check_trackers(config.tracking)
         self.accelerator = open_accelerator(config)
         self.main = self.accelerator.is_main_process
@@ -299,18 +302,18 @@ class Trainer:
         self.saved = self.step
 
     def _open_folder(self, stack: contextlib.ExitStack) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.out / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ConfigError(f"--out: {self.out} is in use by another run") from None
-        stack.callback(lock.release)
-        clean_leftovers(self.out)
-        text = yaml.safe_dump(config_dict(self.config), sort_keys=False)
-        (self.out / "config.yaml").write_text(text, encoding="utf-8")
-        self.metrics = MetricsWriter(self.out, self.step)
-        stack.callback(self.metrics.close)
+        with disk_errors(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.out / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise ConfigError(f"--out: {self.out} is in use by another run") from None
+            stack.callback(lock.release)
+            clean_leftovers(self.out)
+            text = yaml.safe_dump(config_dict(self.config), sort_keys=False)
+            (self.out / "config.yaml").write_text(text, encoding="utf-8")
+        self.metrics = stack.enter_context(contextlib.closing(MetricsWriter(self.out, self.step)))
         self.trackers = open_trackers(
             self.config.tracking, self.out, config_dict(self.config), self.tracker_run_id, self.step
         )
