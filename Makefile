@@ -12,9 +12,7 @@ alive = @printf '%s ' '$(1)'; ( while sleep 1.5; do printf .; done ) & beat=$$!;
 .PHONY: quickstart test check clean
 
 quickstart: $(VENV)/run.stamp
-	@echo 'starting: accelerate launch train.py --config configs/quickstart.yaml --out $(OUT)'
-	@$(BIN)/python -m accelerate.commands.launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
-	  --dynamo_backend no train.py --config configs/quickstart.yaml --out $(OUT)
+	$(BIN)/python train.py --config configs/quickstart.yaml --out $(OUT)
 
 test: check
 	$(BIN)/python -m pytest -n 2

@@ -7,11 +7,11 @@ import sys
 
 from training.config import Run, load_config
 from training.errors import ConfigError
-from training.outcome import exit_code_of
+from training.outcome import Ending, exit_code_of
 from training.progress import working
 
 
-def train(run: Run) -> None:
+def train(run: Run, ending: Ending) -> None:
     """The whole run; every step is a method of the trainer."""
     with working("loading torch, transformers and accelerate"):
         from training.trainer import Trainer
@@ -20,6 +20,7 @@ def train(run: Run) -> None:
     trainer.prepare_data()
     trainer.build_model()
     with trainer.opened(run.resume):  # makes the folder, goes on from a checkpoint, listens to SIGTERM
+        ending.out = run.out
         while trainer.step < run.config.training.steps:
             trainer.train_step()
             if trainer.evaluation_due():
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return exit_code_of(lambda: train(run), run.out)
+    return exit_code_of(lambda ending: train(run, ending))
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def _head_by_head(q: Tensor, v: Tensor) -> bool:
 
     There the memory of each one over 32 MiB is mapped, and cleared page by page, again in every call.
     """
-    return not q.is_cuda and q.shape[1] > 1 and q[..., 0].numel() * max(q.shape[3], v.shape[3]) > LARGE
+    return not q.is_cuda and q.shape[1] > 1 and q.shape[:3].numel() * max(q.shape[3], v.shape[3]) > LARGE
 
 
 def _of_head(

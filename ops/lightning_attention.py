@@ -17,6 +17,7 @@ from .validation import (
     check_state,
     compute_type,
     expand_heads,
+    refuse_forward_mode,
 )
 
 BACKENDS = ("auto", "torch", "cuda")
@@ -53,9 +54,9 @@ def lightning_attention(
     Returns:
         o (B, H, T, E) in v's type, and with `output_final_state` the state, float32 (float64 for float64).
 
-    Gradients flow to q, k, v, log_decay and initial_state, once: a second derivative is an error. Under autocast
-    q, k and v are cast to its type. On a GPU the values of log_decay and cu_seqlens are not read, since that would
-    stall it: a positive log_decay, and bounds that do not rise from 0 to T, give NaN there.
+    Gradients flow to q, k, v, log_decay and initial_state, once: a second or a forward-mode derivative is an error.
+    Under autocast q, k and v are cast to its type. On a GPU the values of log_decay and cu_seqlens are not read, since
+    that would stall it: a positive log_decay, and bounds that do not rise from 0 to T, give NaN there.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -70,6 +71,7 @@ def lightning_attention(
     check_log_decay(log_decay, q)
     check_cu_seqlens(cu_seqlens, q)
     check_state(initial_state, "initial_state", q, v, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+    refuse_forward_mode(q, k, v, log_decay, initial_state)
     reason = cuda_unavailable_reason(q)
     if backend == "cuda" and reason is not None:
         raise ValueError(f"backend: 'cuda' can't take this call: {reason}")

@@ -8,7 +8,16 @@ from torch import Tensor
 from . import blockwise
 from .chunkwise import sum_groups, unit_length_backward
 from .lightning_attention import autocast, no_autocast
-from .validation import check_choice, check_flag, check_mask, check_qkv, compute_type, expand_heads, unit_length
+from .validation import (
+    check_choice,
+    check_flag,
+    check_mask,
+    check_qkv,
+    compute_type,
+    expand_heads,
+    refuse_forward_mode,
+    unit_length,
+)
 
 IMPLEMENTATIONS = ("auto", "normal", "split")
 _AUTO_BLOCK = 512
@@ -45,8 +54,8 @@ def flash_linear_attention(
     Returns:
         o (B, H, Lq, E) in v's type; sums are kept in float32 (float64 for float64).
 
-    Gradients flow to q, k, v and mask, once: a second derivative is an error. Under autocast q, k, v and a mask of
-    their type are cast to its type.
+    Gradients flow to q, k, v and mask, once: a second or a forward-mode derivative is an error. Under autocast q, k, v
+    and a mask of their type are cast to its type.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -62,6 +71,7 @@ def flash_linear_attention(
         (mask,) = autocast(mask)
     check_qkv(q, k, v, same_length=False)
     check_mask(mask, q, k)
+    refuse_forward_mode(q, k, v, mask)
     return _forward(q, k, v, mask, qk_norm, "split" if implementation == "auto" else implementation, *sizes)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MIN_LENGTH = 1e-6  # vectors shorter than this are divided by it: the gradient stays finite at zero
@@ -55,6 +56,14 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, same_length: bool) -> None:
         raise ValueError(f"k: expected q's {q.shape[2]} tokens, got {k.shape[2]}")
     if v.shape[2] != k.shape[2]:
         raise ValueError(f"v: expected k's {k.shape[2]} tokens, got {v.shape[2]}")
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Refuse tangents of forward-mode differentiation: only the backward pass is written, they would become zero."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError("forward-mode derivatives (jvp) are not available: expected a call without tangents")
 
 
 def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:

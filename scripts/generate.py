@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value, least in (("--max-new-tokens", options.max_new_tokens, 1), ("--samples", options.samples, 1)):
         if value < least:
             parser.error(f"{name}: expected {least} or more, got {value}")
-    if options.temperature < 0 or not 0 < options.top_p <= 1:
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed: expected 0 to 2^63 - 1, got {options.seed}")
+    if not 0 <= options.temperature < float("inf") or not 0 < options.top_p <= 1:
         parser.error("--temperature: expected 0 or more; --top-p: expected more than 0, at most 1")
     try:
         _generate(options)

@@ -34,7 +34,7 @@ def _is_good(folder: Path) -> bool:
     try:
         manifest = verify_checkpoint(folder)
     except CheckpointError as error:
-        print(f"{folder.name}: BAD: {error}", flush=True)
+        print(f"{folder}: BAD: {error}", flush=True)
         return False
     size = sum(entry.size for entry in manifest.files.values()) / 1e6
     print(f"{folder}: ok, step {manifest.step}, {len(manifest.files)} files, {size:.1f} MB", flush=True)

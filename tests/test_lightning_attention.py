@@ -19,7 +19,7 @@ from operator_cases import (
 )
 from torch import Tensor
 
-from ops import lightning_attention, lightning_attention_step
+from ops import flash_linear_attention, lightning_attention, lightning_attention_step
 from ops.lightning_attention import _backward, _forward, _step
 from scripts.benchmark_ops import peak_memory, saved_bytes
 
@@ -237,6 +237,19 @@ def test_the_second_derivative_is_an_error(device: torch.device) -> None:
     (dq,) = torch.autograd.grad(lightning_attention(q, q, q).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         dq.sum().backward()
+
+
+def test_forward_mode_is_an_error(device: torch.device) -> None:
+    q, k, v = (torch.randn(1, 2, 8, 4, device=device) for _ in range(3))
+    for operator in (lightning_attention, flash_linear_attention):
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            torch.func.jvp(lambda x, operator=operator: operator(x, k, v), (q,), (q,))
+
+
+def test_a_width_of_zero(device: torch.device) -> None:
+    q, v = torch.randn(1, 2, 8, 0, device=device), torch.randn(1, 2, 8, 4, device=device)
+    assert lightning_attention(q, q, v).equal(torch.zeros_like(v))
+    assert lightning_attention(v, v, q).shape == q.shape
 
 
 def test_autocast_casts_the_inputs_and_nothing_inside(device: torch.device) -> None:

@@ -95,7 +95,8 @@ def prepare(config: Config) -> Prepared:
         if len(tokens.ids) <= length:
             raise DataError(
                 f"{corpus.name}: expected at least {length + 1} {split} tokens (data.sequence_length + 1), got "
-                f"{len(tokens.ids)} in {tokens.documents} documents"
+                f"{len(tokens.ids)} in {tokens.documents} documents; a shorter data.sequence_length, a larger "
+                "data.validation_share, or data.validation_paths or validation_split of your own helps"
             )
     return Prepared(train, validation, tokenizer_folder, fingerprint, processor.get_piece_size(), meta["skipped"])
 

@@ -81,7 +81,7 @@ def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, seed:
         options: passed to `generate`, over temperature 0.8 and top_p 0.95.
     """
     device = next(model.parameters()).device
-    ids = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id]
+    ids = tokenizer(prompt, split_special_tokens=True)["input_ids"] or [tokenizer.bos_token_id]
     training = model.training
     model.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from training.errors import CheckpointError
+from training.errors import CheckpointError, ConfigError
 from training.manifest import MANIFEST, latest_checkpoint, verify_checkpoint
 from training.progress import working
 
@@ -39,6 +39,7 @@ def open_model(name: str, device: str, dtype: str) -> tuple[Any, Any, str]:
 
     Raises:
         CheckpointError: nothing there can be opened.
+        ConfigError: there is no such device.
     """
     with working("loading torch and transformers"):
         import torch
@@ -49,7 +50,7 @@ def open_model(name: str, device: str, dtype: str) -> tuple[Any, Any, str]:
 
     disable_progress_bar()
     folder = model_folder(name)
-    with working(f"opening {folder}"):
+    with working(f"opening {folder}" if Path(folder).exists() else f"no folder {folder} here: asking the hub"):
         try:
             opened = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
@@ -59,4 +60,7 @@ def open_model(name: str, device: str, dtype: str) -> tuple[Any, Any, str]:
             raise CheckpointError(f"{folder}: expected a run, a checkpoint or a model folder: {error}") from error
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return opened.to(device).eval(), tokenizer, folder
+    try:
+        return opened.to(device).eval(), tokenizer, folder
+    except (RuntimeError, AssertionError) as error:  # torch raises both for a device that is not there
+        raise ConfigError(f"--device: expected a device of this machine, got {device}: {error}") from error

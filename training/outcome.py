@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from training.errors import EXIT_SIGTERM, ConfigError, ResourceError, RunError
+from training.errors import EXIT_SIGTERM, ResourceError, RunError
 
 
 class Interrupted(RunError):
@@ -19,34 +19,34 @@ class Interrupted(RunError):
     exit_code = EXIT_SIGTERM
 
 
-def exit_code_of(action: Callable[[], Any], out: Path | None = None) -> int:
-    """Run `action`; print a RunError as one line, anything else with its traceback, and return the exit code.
+class Ending:
+    """Where `exit.json` says how a run ended: `out` is set once the run's folder is its own, and no other run's."""
 
-    Args:
-        action: the work; its result is dropped.
-        out: the run's folder, where `exit.json` says how it ended. A wrong configuration writes nothing there.
-    """
+    out: Path | None = None
+
+
+def exit_code_of(action: Callable[[Ending], Any]) -> int:
+    """Run `action`; print a RunError as one line, anything else with its traceback, and return the exit code."""
+    ending = Ending()
     try:
-        action()
+        action(ending)
         code, reason = 0, "done"
     except RunError as error:
         code, reason = error.exit_code, str(error)
         print(f"error: {error}" if code != EXIT_SIGTERM else reason, file=sys.stderr)
-        if isinstance(error, ConfigError):
-            return code
     except MemoryError as error:
         code, reason = ResourceError.exit_code, f"out of memory: {error}"
         print(f"error: {reason}", file=sys.stderr)
     except BaseException as error:
-        _write(out, 1, f"{type(error).__name__}: {error}")
+        _write(ending.out, 1, f"{type(error).__name__}: {error}")
         raise
-    _write(out, code, reason)
+    _write(ending.out, code, reason)
     return code
 
 
 def _write(out: Path | None, code: int, reason: str) -> None:
-    """Write `exit.json` in one piece; a run that never made its folder has none."""
-    if out is None or not out.is_dir() or int(os.environ.get("RANK", "0")) != 0:
+    """Write `exit.json` in one piece; a run that never got its folder has none."""
+    if out is None or int(os.environ.get("RANK", "0")) != 0:
         return
     temporary = out / ".exit.json.writing"
     try:

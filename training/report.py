@@ -40,8 +40,11 @@ def plot_runs(outs: list[Path], target: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=150)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, dpi=150)
+    except OSError as error:
+        raise ConfigError(f"{target}: can't be written: {error.strerror}") from error
 
 
 def _draw_run(axes: Any, label: str, color: str, steps: list[dict], evaluations: list[dict]) -> None:

@@ -37,7 +37,8 @@ def open_accelerator(config: Config) -> Accelerator:
         raise ConfigError("training.precision: expected fp32 or bf16 on a CPU, got fp16: it has no loss scaling there")
     if asked == "auto":
         asked = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
-    accelerator = Accelerator(mixed_precision="no" if asked == "fp32" else asked)
+    # Without the flag accelerate takes the processes of torchrun on a CPU for as many runs of one process.
+    accelerator = Accelerator(mixed_precision="no" if asked == "fp32" else asked, cpu=not cuda)
     if accelerator.distributed_type not in _SUPPORTED:
         raise ConfigError(
             f"accelerate: expected one process or data parallelism (DDP), got {accelerator.distributed_type.value}"
@@ -116,7 +117,7 @@ def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
     plain = config_dict(config)
     return {
         "seed": plain["seed"],
-        "model": plain["model"],
+        **{f"model.{name}": value for name, value in plain["model"].items()},
         "data.fingerprint": data_fingerprint,
         "data.sequence_length": plain["data"]["sequence_length"],
         "data.document_boundaries": plain["data"]["document_boundaries"],

@@ -144,6 +144,8 @@ class Trainer:
             stack.enter_context(self.stop.listening())
             self.throughput = Throughput()
             self.next_batch = self._batch(self.step)
+            if self.step >= total:
+                self._say(f"nothing to train: {self.step:,} steps are done, training.steps asks for {total:,}")
             try:
                 yield
             except torch.OutOfMemoryError as error:
@@ -254,6 +256,8 @@ class Trainer:
         prompt = self.config.training.sample_prompt
         print(f"loss curve: {self.out / 'loss.png'}")
         print(f"checkpoint: {self._step_folder()}")
+        if not prompt:
+            return
         print(f"completion of {prompt!r} by AutoModelForCausalLM.from_pretrained('{folder}'):")
         print(complete(opened, tokenizer, prompt, self.config.training.sample_tokens, self.config.seed))
 
