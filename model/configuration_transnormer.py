@@ -51,7 +51,7 @@ class TransnormerConfig(PreTrainedConfig):
     """
 
     model_type = "transnormer"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the base class annotates it)
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 64_000
     hidden_size: int = 1024

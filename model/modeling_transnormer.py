@@ -204,9 +204,9 @@ class TransnormerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _is_stateful = True
-    _no_split_modules = ["TransnormerLayer"]  # noqa: RUF012 (the base class annotates these)
-    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = {"decay_log", "theta"}  # noqa: RUF012
+    _no_split_modules = ["TransnormerLayer"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _keep_in_fp32_modules_strict = {"decay_log", "theta"}
     _supports_context_parallel = False
 
     @torch.no_grad()
@@ -240,7 +240,7 @@ class TransnormerPreTrainedModel(PreTrainedModel):
 class TransnormerModel(TransnormerPreTrainedModel):
     """Embeddings, layers and the final norm."""
 
-    _keys_to_ignore_on_load_unexpected = [r"lm_head"]  # noqa: RUF012 (the base class annotates it)
+    _keys_to_ignore_on_load_unexpected = [r"lm_head"]
 
     def __init__(self, config: TransnormerConfig) -> None:
         super().__init__(config)
@@ -344,7 +344,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
 class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
     """The model with a language modelling head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: TransnormerConfig) -> None:
         super().__init__(config)
