@@ -168,11 +168,10 @@ def flops_per_token(config: ModelShape) -> float:
     return 3.0 * (2 * weights + state)
 
 
-# TFLOP/s without sparsity as (fp32 outside tensor cores, fp16, bf16); None: no such units. Tensor-core figures are
-# those with float32 accumulation, as training uses. Sources: NVIDIA's data sheets "V100", "T4", "A10", "A10G", "A30",
-# "A40", "A100", "L4", "L40", "L40S", "H100", "H100 NVL", "H200", "GH200", "HGX B200", "GB200 NVL72", "RTX A6000",
-# "RTX 6000 Ada", halved where the sheet counts sparsity; GeForce: the whitepapers on Turing, GA102, Ada and RTX
-# Blackwell, appendix A. A pattern matches the whole name, so that parts of a GPU and laptop models match none.
+# Nominal TFLOP/s without sparsity as (fp32 outside tensor cores, fp16, bf16); None: no such units. Tensor-core figures
+# are those with float32 accumulation, as training uses. Vendor figures, not measured and not each looked up in its data
+# sheet: `training.peak_tflops` overrides them. A pattern matches the whole name, so that parts of a GPU and laptop
+# models match none.
 _PEAKS: dict[str, tuple[float, float, float | None]] = {
     r"V100S-PCIE-\S+": (16.4, 130, None),
     r"V100-PCIE-\S+": (14.0, 112, None),
