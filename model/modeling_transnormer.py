@@ -27,11 +27,11 @@ from .packing_transnormer import Packing, from_attention_mask, from_cu_seqlens, 
 try:  # in the repository the operators are a package; beside a checkpoint the same files lie flat
     from ops.decay import layer_log_decay
     from ops.lightning_attention import lightning_attention, lightning_attention_step
-    from ops.validation import unit_length
+    from ops.numerics import unit_length
 except ImportError:
     from .decay import layer_log_decay  # type: ignore[no-redef]
     from .lightning_attention import lightning_attention, lightning_attention_step  # type: ignore[no-redef]
-    from .validation import unit_length  # type: ignore[no-redef]
+    from .numerics import unit_length  # type: ignore[no-redef]
 
 
 class SimpleRMSNorm(nn.Module):

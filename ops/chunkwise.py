@@ -20,8 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .decay import causal_decay, powers
+from .numerics import (
+    compute_type,
+    expand_heads,
+    operand_type,
+    product,
+    sum_groups,
+    unit_length_backward,
+    vector_length,
+)
 from .scan import scan
-from .validation import MIN_LENGTH, compute_type, expand_heads, vector_length
 
 LARGE = 2**21  # elements of q, over which a CPU takes one head at a time
 
@@ -156,13 +164,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     layout = _layout(q, v, cu_seqlens)
     c = _chunks(q, k, v, log_decay, qk_norm, layout)
-    scores = _product(c.q, c.k.mT).mul_(c.mask).tril_()  # (B, H, N, C, C)
+    scores = product(c.q, c.k.mT).mul_(c.mask).tril_()  # (B, H, N, C, C)
     # A masked score is 0, but 0 · NaN is NaN: what is not finite in v enters from its own token on, not before.
-    o = _product(scores.to(c.v.dtype), c.v.nan_to_num(0, 0, 0))  # (B, H, N, C, E)
+    o = product(scores.to(c.v.dtype), c.v.nan_to_num(0, 0, 0))  # (B, H, N, C, E)
     poison = (c.v @ c.v.new_zeros(c.v.shape[-1], 1)).cumsum(-2)  # (B, H, N, C, 1): 0, or NaN
     del scores
     states, update = _states(c, initial_state, layout)
-    o.addcmul_(_product(c.q, states.to(c.q.dtype)), c.read + poison)
+    o.addcmul_(product(c.q, states.to(c.q.dtype)), c.read + poison)
     final = _leave(states, update, c.carry, initial_state, layout)
     return _unchunk(o, layout, q.shape[2]).to(v.dtype), final
 
@@ -183,32 +191,32 @@ def _backward(
     c = _chunks(q, k, v, log_decay, qk_norm, layout)
     do = _chunk(grad_o.to(c.v.dtype), layout)  # (B, H, N, C, E)
     states, _ = _states(c, initial_state, layout)
-    update = _product((c.q * c.read).to(do.dtype).mT, do)
+    update = product((c.q * c.read).to(do.dtype).mT, do)
     sequence = layout.packed and layout.packed.sequence
     grad_states = scan(update, c.carry, grad_state, sequence, reverse=True)  # of the state after each chunk
     grad_initial = _leave(grad_states, update, c.carry, grad_state, layout, reverse=True)
     del update
 
-    qk = _product(c.q, c.k.mT)
-    a = _product(do, c.v.mT).mul_(c.mask).tril_()
-    dv = _product((qk * c.mask).tril_().to(do.dtype).mT, do)
+    qk = product(c.q, c.k.mT)
+    a = product(do, c.v.mT).mul_(c.mask).tril_()
+    dv = product((qk * c.mask).tril_().to(do.dtype).mT, do)
     grad_decay = _by_distance(qk, a) if decay_grad else qk.new_zeros(qk.shape[1])
     a = a.to(do.dtype)
-    dq, dk = _product(a, c.k), _product(a.mT, c.q)
+    dq, dk = product(a, c.k), product(a.mT, c.q)
     del qk, a
 
-    through = _product(do, states.to(do.dtype).mT).mul_(c.read)  # second summand of (3)
+    through = product(do, states.to(do.dtype).mT).mul_(c.read)  # second summand of (3)
     steps = torch.arange(1, layout.size + 1, device=q.device)[:, None]
     if decay_grad:
         grad_decay += (through * c.q * steps).sum((0, 2, 3, 4))
     dq += through
     narrow = grad_states.to(do.dtype)
-    through = _product(c.v, narrow.mT).mul_(c.write)  # second summand of (4)
+    through = product(c.v, narrow.mT).mul_(c.write)  # second summand of (4)
     rest = (layout.lengths[:, None, None] - steps).clamp(min=0)
     if decay_grad:
         grad_decay += (through * c.k * rest).sum((0, 2, 3, 4))
     dk += through
-    dv.addcmul_(_product(c.k, narrow), c.write)
+    dv.addcmul_(product(c.k, narrow), c.write)
     if decay_grad:
         carried = (states * grad_states).sum((-2, -1)) * c.carry[..., 0, 0]  # (B, H, N)
         grad_decay += (carried * layout.lengths).sum((0, 2))
@@ -218,13 +226,6 @@ def _backward(
     if qk_norm:
         dq, dk = unit_length_backward(dq, q), unit_length_backward(dk, k)
     return dq, dk, dv, grad_decay, grad_initial
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Batched matrix product with its sums and its result in float32 (float64 for float64)."""
-    if a.dtype == compute_type(a.dtype):
-        return a @ b
-    return torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32).unflatten(0, a.shape[:-2])
 
 
 def _layout(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Layout:
@@ -266,7 +267,7 @@ def _chunk_size(tokens: int, width: int, on_gpu: bool) -> int:
 
 def _chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, qk_norm: bool, layout: Layout) -> Chunks:
     wide = compute_type(q.dtype)
-    operand = q.dtype if q.is_cuda else wide  # a CPU has no product of half types with float32 results
+    operand = operand_type(q)
     if qk_norm:
         q, k = (x.to(wide) / vector_length(x.to(wide)) for x in (q, k))
     heads = q.shape[1]
@@ -308,7 +309,7 @@ def _unchunk(x: Tensor, layout: Layout, tokens: int) -> Tensor:
 
 def _states(c: Chunks, initial_state: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
     """State before each chunk and the second summand of (2): both (B, H, N, D, E)."""
-    update = _product((c.k * c.write).to(c.v.dtype).mT, c.v)
+    update = product((c.k * c.write).to(c.v.dtype).mT, c.v)
     return scan(update, c.carry, initial_state, layout.packed and layout.packed.sequence), update
 
 
@@ -338,18 +339,3 @@ def _by_distance(qk: Tensor, a: Tensor) -> Tensor:
     """First summand of (7) for each head: (H,)."""
     i = torch.arange(qk.shape[-1], device=qk.device)
     return (qk * a).mul_(i[:, None] - i).sum((0, 2, 3, 4))
-
-
-def sum_groups(x: Tensor, groups: int) -> Tensor:
-    """Sum the gradients of the query heads that share a key/value head: (B, H, T, D) to (B, G, T, D)."""
-    return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
-
-
-def unit_length_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """Gradient through x / |x|: what is parallel to x goes, and the rest is divided by |x|."""
-    x = x.to(grad.dtype)
-    length = vector_length(x)
-    unit = x / length
-    parallel = (grad * unit).sum(-1, keepdim=True) * unit
-    constant = length <= MIN_LENGTH  # shorter vectors are divided by a constant
-    return torch.where(constant, grad, grad - parallel) / length

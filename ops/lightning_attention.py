@@ -8,6 +8,7 @@ from torch import Tensor
 from .chunkwise import backward as chunkwise_backward
 from .chunkwise import forward as chunkwise_forward
 from .decay import step_factors
+from .numerics import autocast, compute_type, expand_heads, no_autocast
 from .validation import (
     check_choice,
     check_cu_seqlens,
@@ -15,8 +16,6 @@ from .validation import (
     check_log_decay,
     check_qkv,
     check_state,
-    compute_type,
-    expand_heads,
     refuse_forward_mode,
 )
 
@@ -190,18 +189,3 @@ def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tens
 @_step.register_fake
 def _(q, k, v, log_decay, state):  # type: ignore[no-untyped-def]
     return v.new_empty((*q.shape[:3], v.shape[3]))
-
-
-def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Cast to autocast's type where it is on, as it does for matrix products; what is no float, or float64, stays."""
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    narrow = (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(x.to(dtype) if getattr(x, "dtype", None) in narrow else x for x in tensors)
-
-
-def no_autocast(x: Tensor) -> torch.autocast:
-    """Context for an operator's inside, where autocast would turn the float32 sums into half products."""
-    return torch.autocast(x.device.type, enabled=False)

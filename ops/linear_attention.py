@@ -1,26 +1,37 @@
 """Masked linear attention: attention without softmax under a mask of any values, `((q kᵀ) ⊙ mask) v`."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import blockwise
-from .chunkwise import sum_groups, unit_length_backward
-from .lightning_attention import autocast, no_autocast
-from .validation import (
-    check_choice,
-    check_flag,
-    check_mask,
-    check_qkv,
-    compute_type,
+from .numerics import (
+    autocast,
     expand_heads,
-    refuse_forward_mode,
+    no_autocast,
+    operand_type,
+    sum_groups,
     unit_length,
+    unit_length_backward,
 )
+from .validation import check_choice, check_flag, check_mask, check_qkv, refuse_forward_mode
 
-IMPLEMENTATIONS = ("auto", "normal", "split")
-_AUTO_BLOCK = 512
+IMPLEMENTATIONS = ("auto", "normal", "split", "block", "inplace", "cuda")
+_AUTO = "inplace"
+# Scores in a block, over all rows and heads: a CPU wants them in its cache, a GPU wants work.
+_BLOCK_VALUES = {"cpu": 2**21, "cuda": 2**25}
+_FORWARD = {
+    "split": blockwise.split_forward,
+    "block": blockwise.block_forward,
+    "inplace": blockwise.inplace_forward,
+}
+_BACKWARD = {
+    "split": blockwise.split_backward,
+    "block": blockwise.block_backward,
+    "inplace": blockwise.inplace_backward,
+}
 
 
 def normal_linear_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -47,7 +58,8 @@ def flash_linear_attention(
         v: values (B, G, Lk, E); its number of heads may differ from k's.
         mask: (B or 1, H or 1, Lq, Lk), q's type or bool; None means all ones, computed as `q (kᵀ v)`.
         qk_norm: divide q and k by their length.
-        implementation: "normal" holds all scores, "split" a block of them at a time, "auto" is "split".
+        implementation: "normal" holds all scores; "split" (ragged blocks), "block" (padded ones) and "inplace" (into
+            buffers made once) hold a block of them at a time; "cuda" is the kernel, "auto" the fastest that can run.
         q_block_size: queries in a block, or "auto".
         kv_block_size: keys in a block, or "auto".
 
@@ -72,24 +84,26 @@ def flash_linear_attention(
     check_qkv(q, k, v, same_length=False)
     check_mask(mask, q, k)
     refuse_forward_mode(q, k, v, mask)
-    return _forward(q, k, v, mask, qk_norm, "split" if implementation == "auto" else implementation, *sizes)
+    reason = cuda_unavailable_reason(q)
+    if implementation == "cuda" and reason is not None:
+        raise ValueError(f"implementation: 'cuda' can't take this call: {reason}")
+    return _forward(q, k, v, mask, qk_norm, _AUTO if implementation == "auto" else implementation, *sizes)
 
 
-def _block_size(name: str, size: int | str) -> int:
+def cuda_unavailable_reason(q: Tensor) -> str | None:
+    """Why the CUDA kernel can't take a call, or None if it can."""
+    return "the CUDA kernel does not exist yet"
+
+
+def _block_size(name: str, size: int | str) -> int | None:
     if size == "auto":
-        return _AUTO_BLOCK
+        return None
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"{name}: expected 'auto' or a whole number from 1, got {size!r}")
     return size
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, qk_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """H heads everywhere, in the type of sums."""
-    q, k, v = (expand_heads(x, q.shape[1]).to(compute_type(q.dtype)) for x in (q, k, v))
-    return (unit_length(q), unit_length(k), v) if qk_norm else (q, k, v)
-
-
-@torch.library.custom_op("transnormer::masked_forward", mutates_args=())
+@torch.library.custom_op("transnormer::masked_attention", mutates_args=())
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -97,8 +111,8 @@ def _forward(
     mask: Tensor | None,
     qk_norm: bool,
     implementation: str,
-    q_block: int,
-    kv_block: int,
+    q_block: int | None,
+    kv_block: int | None,
 ) -> Tensor:
     dtype = v.dtype
     q, k, v = _prepare(q, k, v, qk_norm)
@@ -108,8 +122,8 @@ def _forward(
         elif implementation == "normal" or 0 in mask.shape:
             o = blockwise.normal_forward(q, k, v, mask)
         else:
-            o = blockwise.split_forward(q, k, v, mask, q_block, kv_block)
-    return o.to(dtype)
+            o = _FORWARD[implementation](q, k, v, mask, *_block_sizes(q, k, q_block, kv_block))
+    return o.to(dtype).contiguous()
 
 
 @_forward.register_fake
@@ -117,7 +131,7 @@ def _(q, k, v, mask, qk_norm, implementation, q_block, kv_block):  # type: ignor
     return v.new_empty((*q.shape[:3], v.shape[3]))
 
 
-@torch.library.custom_op("transnormer::masked_backward", mutates_args=())
+@torch.library.custom_op("transnormer::masked_attention_backward", mutates_args=())
 def _backward(
     do: Tensor,
     q: Tensor,
@@ -127,29 +141,44 @@ def _backward(
     mask_grad: bool,
     qk_norm: bool,
     implementation: str,
-    q_block: int,
-    kv_block: int,
+    q_block: int | None,
+    kv_block: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = _prepare(q, k, v, qk_norm)
-    do = do.to(wide[0].dtype)
+    operands = _prepare(q, k, v, qk_norm)
+    do, dmask_type = do.to(operands[0].dtype), q.dtype if mask_grad else None
     with no_autocast(q):
         if mask is None:
-            grads = blockwise.linear_backward(do, *wide)
+            grads = blockwise.linear_backward(do, *operands)
         elif implementation == "normal" or 0 in mask.shape:
-            grads = blockwise.normal_backward(do, *wide, mask, mask_grad)
+            grads = blockwise.normal_backward(do, *operands, mask, dmask_type)
         else:
-            grads = blockwise.split_backward(do, *wide, mask, mask_grad, q_block, kv_block)
+            sizes = _block_sizes(q, k, q_block, kv_block)
+            grads = _BACKWARD[implementation](do, *operands, mask, dmask_type, *sizes)
     dq, dk, dv = grads[0], sum_groups(grads[1], k.shape[1]), sum_groups(grads[2], v.shape[1])
     if qk_norm:
         dq, dk = unit_length_backward(dq, q), unit_length_backward(dk, k)
-    dmask = q.new_empty(0) if grads[3] is None else grads[3].to(q.dtype)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dmask
+    dmask = q.new_empty(0) if grads[3] is None else grads[3]
+    dq, dk, dv = (x.to(q.dtype).contiguous() for x in (dq, dk, dv))
+    return dq, dk, dv, dmask
 
 
 @_backward.register_fake
 def _(do, q, k, v, mask, mask_grad, qk_norm, implementation, q_block, kv_block):  # type: ignore[no-untyped-def]
     dmask = q.new_empty(mask.shape if mask_grad else (0,))
     return *(x.new_empty(x.shape) for x in (q, k, v)), dmask
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor, qk_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """H heads everywhere, in the type of operands."""
+    q, k, v = (expand_heads(x, q.shape[1]).to(operand_type(x)) for x in (q, k, v))
+    return (unit_length(q), unit_length(k), v) if qk_norm else (q, k, v)
+
+
+def _block_sizes(q: Tensor, k: Tensor, q_block: int | None, kv_block: int | None) -> tuple[int, int]:
+    """Sizes of blocks, none longer than the tokens; None is a size that fits the machine."""
+    fits = math.isqrt(_BLOCK_VALUES[q.device.type] // max(q.shape[0] * q.shape[1], 1))
+    auto = next(size for size in (1024, 512, 256, 128) if size <= max(fits, 128))
+    return min(q_block or auto, q.shape[2]), min(kv_block or auto, k.shape[2])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .decay import causal_decay
-from .validation import expand_heads, unit_length
+from .numerics import compute_type, expand_heads, unit_length
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, qk_norm: bool = False) -> Tensor:
@@ -29,7 +29,7 @@ def quadratic(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, 
     """Lightning attention by its mask `M[i, j] = exp(log_decay · (i - j))` for i ≥ j; returns (B, H, T, E)."""
     if log_decay is None:
         log_decay = q.new_zeros(q.shape[1])
-    mask = causal_decay(log_decay.to(_compute_type(q)), q.shape[2])  # (H, T, T)
+    mask = causal_decay(log_decay.to(compute_type(q.dtype)), q.shape[2])  # (H, T, T)
     return masked(q, k, v, mask[None], qk_norm)
 
 
@@ -91,12 +91,8 @@ def chunkwise(
     return torch.cat(outputs, dim=2), state
 
 
-def _compute_type(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _prepare(q: Tensor, k: Tensor, v: Tensor, qk_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (x.to(_compute_type(q)) for x in (q, k, v))
+    q, k, v = (x.to(compute_type(q.dtype)) for x in (q, k, v))
     if qk_norm:
         q, k = unit_length(q), unit_length(k)
     return q, expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])

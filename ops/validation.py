@@ -1,32 +1,12 @@
-"""Checks of the operators' arguments and the small tensor helpers that every operator shares."""
+"""Checks of the operators' arguments: what a good call is, and what a bad one is told."""
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .numerics import compute_type
+
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MIN_LENGTH = 1e-6  # vectors shorter than this are divided by it: the gradient stays finite at zero
-
-
-def unit_length(x: Tensor) -> Tensor:
-    """Divide the vectors of the last dim by their length, in float32 (float64 for float64), in x's type."""
-    wide = x.to(compute_type(x.dtype))
-    return (wide / vector_length(wide)).to(x.dtype)
-
-
-def vector_length(x: Tensor) -> Tensor:
-    """Length of the vectors of the last dim, at least `MIN_LENGTH`; keeps the dim."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=MIN_LENGTH)
-
-
-def compute_type(dtype: torch.dtype) -> torch.dtype:
-    """Type of sums and states: float32, and float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def expand_heads(x: Tensor, num_heads: int) -> Tensor:
-    """Repeat each of G key/value heads for its H / G query heads: (B, G, T, D) to (B, H, T, D)."""
-    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, same_length: bool) -> None:

@@ -78,6 +78,7 @@ CODE = {
     "decay.py",
     "lightning_attention.py",
     "modeling_transnormer.py",
+    "numerics.py",
     "packing_transnormer.py",
     "scan.py",
     "validation.py",
