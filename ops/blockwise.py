@@ -123,7 +123,7 @@ def block_backward(
 
 def inplace_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, q_block: int, kv_block: int) -> Tensor:
     """Every buffer is allocated before the loop, every product is written into one of them."""
-    buffers = _Buffers(q, mask, q_block, kv_block, q_block * v.shape[3])
+    buffers = _Buffers(("scores",), q, mask, q_block, kv_block, q_block * v.shape[3])
     o = _sums_like(q, width=v.shape[3])
     q, k, v, o_rows = (x.flatten(0, 1) for x in (q, k, v, o))  # (B·H, tokens, width)
     for rows, columns in _blocks(mask, q_block, kv_block):
@@ -145,7 +145,8 @@ def inplace_backward(
 ) -> Gradients:
     """Equations (1), each product in a buffer that was there before the loop and serves every block."""
     width = max(q_block * q.shape[3], kv_block * k.shape[3], kv_block * v.shape[3])
-    buffers = _Buffers(q, mask, q_block, kv_block, width)
+    scores = ("scores", "a") if dmask_type is None else ("scores", "a", "terms")
+    buffers = _Buffers(scores, q, mask, q_block, kv_block, width)
     dq, dk, dv = (_sums_like(x) for x in (q, k, v))
     dmask = None if dmask_type is None else mask.new_empty(mask.shape, dtype=dmask_type)
     do, q, k, v, dq_rows, dk_rows, dv_rows = (x.flatten(0, 1) for x in (do, q, k, v, dq, dk, dv))
@@ -165,13 +166,15 @@ def inplace_backward(
 class _Buffers:
     """Memory for the products of one block, handed out in the shape of the block at hand."""
 
-    def __init__(self, q: Tensor, mask: Tensor, q_block: int, kv_block: int, width: int) -> None:
+    def __init__(
+        self, scores: tuple[str, ...], q: Tensor, mask: Tensor, q_block: int, kv_block: int, width: int
+    ) -> None:
         self.heads = q.shape[:2]
         wide, block = compute_type(q.dtype), self.heads.numel() * q_block * kv_block
-        sizes = {"scores": block, "a": block, "terms": block, "part": self.heads.numel() * width}
-        sizes["mask"] = mask.shape[:2].numel() * q_block * kv_block
-        self.memory = {name: q.new_empty(size, dtype=wide) for name, size in sizes.items()}
+        self.memory = {name: q.new_empty(block, dtype=wide) for name in scores}
         self.memory["operand"] = self.memory["scores"] if q.dtype == wide else q.new_empty(block)
+        self.memory["part"] = q.new_empty(self.heads.numel() * width, dtype=wide)
+        self.memory["mask"] = q.new_empty(mask.shape[:2].numel() * q_block * kv_block, dtype=wide)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.memory[name][: math.prod(shape)].view(shape)

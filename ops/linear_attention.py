@@ -177,7 +177,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, qk_norm: bool) -> tuple[Tensor, Te
 def _block_sizes(q: Tensor, k: Tensor, q_block: int | None, kv_block: int | None) -> tuple[int, int]:
     """Sizes of blocks, none longer than the tokens; None is a size that fits the machine."""
     fits = math.isqrt(_BLOCK_VALUES[q.device.type] // max(q.shape[0] * q.shape[1], 1))
-    auto = next(size for size in (1024, 512, 256, 128) if size <= max(fits, 128))
+    auto = next(size for size in (512, 256, 128) if size <= max(fits, 128))
     return min(q_block or auto, q.shape[2]), min(kv_block or auto, k.shape[2])
 
 
