@@ -125,7 +125,7 @@ def inplace_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, q_block: int,
     """Every buffer is allocated before the loop, every product is written into one of them."""
     buffers = _Buffers(("scores",), q, mask, q_block, kv_block, q_block * v.shape[3])
     o = _sums_like(q, width=v.shape[3])
-    q, k, v, o_rows = (x.flatten(0, 1) for x in (q, k, v, o))  # (B·H, tokens, width)
+    q, k, v, o_rows = (x.contiguous().flatten(0, 1) for x in (q, k, v, o))  # (B·H, tokens, width)
     for rows, columns in _blocks(mask, q_block, kv_block):
         scores = buffers.product("scores", q[:, rows], k[:, columns].mT)
         p = buffers.weighed(scores, mask[:, :, rows, columns])
@@ -145,11 +145,12 @@ def inplace_backward(
 ) -> Gradients:
     """Equations (1), each product in a buffer that was there before the loop and serves every block."""
     width = max(q_block * q.shape[3], kv_block * k.shape[3], kv_block * v.shape[3])
-    scores = ("scores", "a") if dmask_type is None else ("scores", "a", "terms")
-    buffers = _Buffers(scores, q, mask, q_block, kv_block, width)
+    names = ("scores", "a") if dmask_type is None else ("scores", "a", "terms")
+    buffers = _Buffers(names, q, mask, q_block, kv_block, width)
     dq, dk, dv = (_sums_like(x) for x in (q, k, v))
     dmask = None if dmask_type is None else mask.new_empty(mask.shape, dtype=dmask_type)
-    do, q, k, v, dq_rows, dk_rows, dv_rows = (x.flatten(0, 1) for x in (do, q, k, v, dq, dk, dv))
+    every = (do, q, k, v, dq, dk, dv)  # a product would copy what has strides of zero, block by block
+    do, q, k, v, dq_rows, dk_rows, dv_rows = (x.contiguous().flatten(0, 1) for x in every)
     for rows, columns in _blocks(mask, q_block, kv_block):
         doi, qi, kj, vj, mij = do[:, rows], q[:, rows], k[:, columns], v[:, columns], mask[:, :, rows, columns]
         scores, a = buffers.product("scores", qi, kj.mT), buffers.product("a", doi, vj.mT)

@@ -1,6 +1,5 @@
 """Masked linear attention: attention without softmax under a mask of any values, `((q kᵀ) ⊙ mask) v`."""
 
-import math
 from typing import Any
 
 import torch
@@ -20,8 +19,9 @@ from .validation import check_choice, check_flag, check_mask, check_qkv, refuse_
 
 IMPLEMENTATIONS = ("auto", "normal", "split", "block", "inplace", "cuda")
 _AUTO = "inplace"
-# Scores in a block, over all rows and heads: a CPU wants them in its cache, a GPU wants work.
-_BLOCK_VALUES = {"cpu": 2**21, "cuda": 2**25}
+# The most scores in a block, over all rows and heads, and its largest size: by measurement. A CPU wants the scores in
+# its cache, a GPU wants enough work in a launch.
+_LIMITS = {"cpu": (2**21, 512), "cuda": (2**26, 2048)}
 _FORWARD = {
     "split": blockwise.split_forward,
     "block": blockwise.block_forward,
@@ -176,8 +176,9 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, qk_norm: bool) -> tuple[Tensor, Te
 
 def _block_sizes(q: Tensor, k: Tensor, q_block: int | None, kv_block: int | None) -> tuple[int, int]:
     """Sizes of blocks, none longer than the tokens; None is a size that fits the machine."""
-    fits = math.isqrt(_BLOCK_VALUES[q.device.type] // max(q.shape[0] * q.shape[1], 1))
-    auto = next(size for size in (512, 256, 128) if size <= max(fits, 128))
+    scores, auto = _LIMITS[q.device.type]
+    while auto > 128 and q.shape[0] * q.shape[1] * auto**2 > scores:
+        auto //= 2
     return min(q_block or auto, q.shape[2]), min(kv_block or auto, k.shape[2])
 
 
