@@ -135,9 +135,11 @@ def benchmark(cases: Sequence[Case], args: argparse.Namespace) -> list[Result]:
 
 
 def _write(target: Path, record: dict[str, Any]) -> None:
-    """All or nothing: a run that is cut off leaves what it had."""
+    """A line for each result, all or nothing: a run that is cut off leaves what it had."""
     new = target.with_name(f".{target.name}.new")
-    new.write_text(json.dumps(record, indent=1) + "\n")
+    head = json.dumps({name: value for name, value in record.items() if name != "results"})
+    rows = ",\n".join(json.dumps(result) for result in record["results"])
+    new.write_text(f'{head[:-1]}, "results": [\n{rows}\n]}}\n')
     os.replace(new, target)
 
 

@@ -110,11 +110,14 @@ def plot(runs: Sequence[tuple[str, Sequence[Result]]], target: Path) -> None:
     figure = Figure(figsize=(6.5 * len(runs), max(4 * rows, 1.5 + 0.22 * bars)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, len(runs), squeeze=False, sharey="row" if by_length else "none")
-    colors = {key: f"C{i % 10}" for i, key in enumerate(dict.fromkeys(key for every in groups for key in every))}
+    styles: dict[tuple[str, str], dict[str, Any]] = {
+        key: {"color": f"C{i % 10}", "marker": "os^Dvx+"[i % 7], "markersize": 5, "alpha": 0.8}
+        for i, key in enumerate(dict.fromkeys(key for every in groups for key in every))
+    }
     for column, ((title, _), every) in enumerate(zip(runs, groups, strict=True)):
         axes[0, column].set_title(title, fontsize=8, wrap=True)
         if by_length:
-            _draw_lines(axes[:, column], every, colors)
+            _draw_lines(axes[:, column], every, styles)
         else:
             _draw_bars(axes[0, column], every)
     handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
@@ -123,10 +126,9 @@ def plot(runs: Sequence[tuple[str, Sequence[Result]]], target: Path) -> None:
     figure.savefig(target, dpi=120)
 
 
-def _draw_lines(axes: Any, groups: dict[tuple[str, str], list[Result]], colors: dict[tuple[str, str], str]) -> None:
+def _draw_lines(axes: Any, groups: dict[tuple[str, str], list[Result]], styles: dict[tuple[str, str], Any]) -> None:
     for (series, name), of_length in groups.items():
-        lengths = [r["length"] for r in of_length]
-        style: dict[str, Any] = {"marker": "o", "markersize": 3, "color": colors[series, name]}
+        lengths, style = [r["length"] for r in of_length], styles[series, name]
         axes[0].plot(lengths, [r["seconds"]["median"] * 1e3 for r in of_length], label=f"{name}: {series}", **style)
         axes[1].plot(lengths, [r["peak_bytes"] / 2**20 for r in of_length], **style)
     for ax, label in zip(axes, ("time in ms, median", "peak memory over the inputs in MiB"), strict=True):

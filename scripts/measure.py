@@ -91,8 +91,13 @@ def peak_memory(run: Run, device: torch.device) -> int:
     return peak
 
 
-def allocations(run: Run) -> int:
-    """Number of times that PyTorch's CPU allocator hands out memory during a run."""
+def allocations(run: Run, device: torch.device) -> int:
+    """How often PyTorch's allocator of the device hands out memory during a run."""
+    if device.type == "cuda":
+        run()  # a first run makes workspaces
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        run()
+        return int(torch.cuda.memory_stats()["allocation.all.allocated"]) - before
     return sum(size > 0 for size in _allocated_and_freed(run))
 
 

@@ -110,7 +110,7 @@ def unavailable_reason(case: Case, implementation: str, given: Inputs, score_mem
         )
     if heads_at_once(case, implementation, score_memory) == 0:
         need, limit = _score_bytes(case) * case.share / 2**30, score_memory / 2**30
-        return f"the scores of the fewest heads take {need:,.0f} GiB, more than --score-memory {limit:g}"
+        return f"the scores of the fewest heads take {need:.3g} GiB, more than --score-memory {limit:.3g}"
     return None
 
 
@@ -193,6 +193,8 @@ class Part:
 
     def __call__(self) -> Results:
         o = self.forward()
+        if o.shape != self.do.shape:
+            raise WrongResult(f"o has shape {tuple(o.shape)}, expected {tuple(self.do.shape)}")
         if not self.backward:
             return {"o": o}
         grads = torch.autograd.grad(o, list(self.leaves.values()), self.do)
@@ -324,7 +326,5 @@ def check(call: Call, expected: Truth) -> dict[str, float]:
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    if actual.shape != expected.shape:
-        raise WrongResult(f"a result has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
     error = ((actual - expected).abs().max() / expected.abs().max()).item()
     return error if math.isfinite(error) else math.inf

@@ -15,6 +15,29 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side: threads of each
 import torch  # noqa: E402 (reads both variables)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sweep", type=int, metavar="N", help="random calls of each operator, other ones in every run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without `--sweep` its calls are the same in every run."""
+    try:
+        import hypothesis
+    except ImportError:
+        return
+    calls = config.getoption("--sweep")
+    hypothesis.settings.register_profile(
+        "sweep",
+        max_examples=calls or 200,
+        derandomize=calls is None,
+        deadline=None,
+        database=None,
+        print_blob=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    hypothesis.settings.load_profile("sweep")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu`, with the reason, where there is no GPU."""
     if torch.cuda.is_available():

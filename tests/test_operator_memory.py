@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 from masked_cases import MaskedCase, arguments, output_gradient
-from operator_cases import Case, allocations, inputs
+from operator_cases import Case, inputs
 
 from ops import flash_linear_attention, lightning_attention
-from scripts.measure import peak_memory, saved_bytes
+from scripts.measure import allocations, peak_memory, saved_bytes
 
 
 def test_backward_keeps_its_inputs_and_nothing_that_grows_faster(device: torch.device) -> None:
