@@ -71,10 +71,11 @@ def measure(case: Case, name: str, given: Inputs, expected: Truth, args: argpars
         return _measured(Call(case, name, copies, heads_at_once(case, name, limit)), expected, args)
     except WrongResult as error:
         return _result(case, name, status="FAILED", reason=str(error))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return _result(case, name, status="out of memory", reason=str(error).splitlines()[0])
+    except Exception as error:  # noqa: BLE001 (one that can't do a shape must not cost the figures of the others)
+        said = str(error).strip().splitlines() or [""]
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            return _result(case, name, status="out of memory", reason=said[0])
+        return _result(case, name, status="FAILED", reason=f"{type(error).__name__}: {said[0]}")
 
 
 def _measured(call: Call, expected: Truth, args: argparse.Namespace) -> Result:

@@ -103,14 +103,26 @@ def test_a_wrong_mask_gradient_gets_no_time(tmp_path: Path, monkeypatch: pytest.
     assert "dmask is off by" in results_of(tmp_path / "a.json")["block"]["reason"]
 
 
-def test_without_memory_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("no memory left\nand more")
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (torch.OutOfMemoryError("no memory left\nand more"), "out of memory", "no memory left"),
+        (ValueError("no such shape\nand more"), "FAILED", "ValueError: no such shape"),
+        (AssertionError(), "FAILED", "AssertionError: "),
+    ],
+    ids=["memory", "value", "nothing-said"],
+)
+def test_what_one_can_not_do_costs_the_others_nothing(
+    error: Exception, status: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
 
-    monkeypatch.setattr(operator_calls, "flash_linear_attention", full)
-    assert main([*SMALL, "--implementations", "split", "plain", "--json", str(tmp_path / "a.json")]) == 0
+    monkeypatch.setattr(operator_calls, "flash_linear_attention", fail)
+    code = main([*SMALL, "--implementations", "split", "plain", "--json", str(tmp_path / "a.json")])
+    assert code == (1 if status == "FAILED" else 0)
     results = results_of(tmp_path / "a.json")
-    assert (results["split"]["status"], results["split"]["reason"]) == ("out of memory", "no memory left")
+    assert (results["split"]["status"], results["split"]["reason"]) == (status, reason)
     assert (results["plain"]["status"], results["plain"]["ratio"]) == ("ok", None)
 
 
