@@ -223,10 +223,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for flag in ("--mask-grad", "--forward-only", "--qk-norm"):
         shape.add_argument(flag, action="store_true", default=None)
     args = p.parse_args(argv)
-    args.parser, args.command = (
-        p,
-        " ".join(["python -m scripts.benchmark_ops", *(sys.argv[1:] if argv is None else argv)]),
-    )
+    args.parser = p
+    args.command = " ".join(["python -m scripts.benchmark_ops", *(sys.argv[1:] if argv is None else argv)])
     _check(args)
     return args
 

@@ -21,11 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Without `--sweep` its calls are the same in every run."""
+    calls = config.getoption("--sweep")
+    if calls is not None and calls < 1:
+        raise pytest.UsageError(f"--sweep: expected a whole number from 1, got {calls}")
     try:
         import hypothesis
     except ImportError:
         return
-    calls = config.getoption("--sweep")
     hypothesis.settings.register_profile(
         "sweep",
         max_examples=calls or 200,
