@@ -26,8 +26,8 @@ from .numerics import (
     operand_type,
     product,
     sum_groups,
+    unit_length,
     unit_length_backward,
-    vector_length,
 )
 from .scan import scan
 
@@ -269,7 +269,7 @@ def _chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, qk_norm: 
     wide = compute_type(q.dtype)
     operand = operand_type(q)
     if qk_norm:
-        q, k = (x.to(wide) / vector_length(x.to(wide)) for x in (q, k))
+        q, k = unit_length(q.to(wide)), unit_length(k.to(wide))
     heads = q.shape[1]
     k, v = expand_heads(k, heads), expand_heads(v, heads)
     q, k, v = (_chunk(x.to(operand), layout) for x in (q, k, v))

@@ -53,9 +53,10 @@ def lightning_attention(
     Returns:
         o (B, H, T, E) in v's type, and with `output_final_state` the state, float32 (float64 for float64).
 
-    Gradients flow to q, k, v, log_decay and initial_state, once: a second or a forward-mode derivative is an error.
-    Under autocast q, k and v are cast to its type. On a GPU the values of log_decay and cu_seqlens are not read, since
-    that would stall it: a positive log_decay, and bounds that do not rise from 0 to T, give NaN there.
+    Gradients flow to q, k, v, log_decay and initial_state, once: a second or a forward-mode derivative is an error, and
+    so is `torch.func.grad`. Under autocast q, k and v are cast to its type. On a GPU the values of log_decay and
+    cu_seqlens are not read, since that would stall it: a positive log_decay, and bounds that do not rise from 0 to T,
+    give NaN there.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -86,7 +87,7 @@ def lightning_attention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor 
         k: key (B, G, 1, D), G a divisor of H.
         v: value (B, G, 1, E).
         log_decay: (H,) float32, ≤ 0, or None.
-        state: (B, H, D, E) float32 (float64 for float64); becomes `λ S + kᵀ v`.
+        state: (B, H, D, E) float32 (float64 for float64), without gradient; becomes `λ S + kᵀ v`.
 
     Returns:
         o (B, H, 1, E) in v's type.
@@ -102,6 +103,9 @@ def lightning_attention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor 
     if state is None:
         raise TypeError("state: expected a tensor, got None")
     check_state(state, "state", q, v, q.shape[0])
+    if state.requires_grad and torch.is_grad_enabled():
+        raise ValueError("state: expected one without gradient, since it is changed in place, got requires_grad=True")
+    refuse_forward_mode(q, k, v, log_decay, state)
     return _step(q, k, v, log_decay, state)
 
 

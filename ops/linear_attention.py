@@ -35,7 +35,10 @@ _BACKWARD = {
 
 
 def normal_linear_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`((q kᵀ) ⊙ mask) v` with the scores materialised; the same as `flash_linear_attention(…, "normal")`."""
+    """`((q kᵀ) ⊙ mask) v` with the scores materialised: `flash_linear_attention` with implementation "normal".
+
+    Without a mask there is nothing to materialise, and it is `q (kᵀ v)` as everywhere.
+    """
     return flash_linear_attention(q, k, v, mask, implementation="normal")
 
 
@@ -59,15 +62,15 @@ def flash_linear_attention(
         mask: (B or 1, H or 1, Lq, Lk), q's type or bool; None means all ones, computed as `q (kᵀ v)`.
         qk_norm: divide q and k by their length.
         implementation: "normal" holds all scores; "split" (ragged blocks), "block" (padded ones) and "inplace" (into
-            buffers made once) hold a block of them at a time; "cuda" is the kernel, "auto" the fastest that can run.
+            buffers made once) hold a block of them at a time; "cuda" is the kernel, "auto" the kernel where it can run, else "inplace".
         q_block_size: queries in a block, or "auto".
         kv_block_size: keys in a block, or "auto".
 
     Returns:
         o (B, H, Lq, E) in v's type; sums are kept in float32 (float64 for float64).
 
-    Gradients flow to q, k, v and mask, once: a second or a forward-mode derivative is an error. Under autocast q, k, v
-    and a mask of their type are cast to its type.
+    Gradients flow to q, k, v and mask, once: a second or a forward-mode derivative is an error, and so is
+    `torch.func.grad`. Under autocast q, k, v and a mask of floats are cast to its type.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -77,10 +80,7 @@ def flash_linear_attention(
     sizes = [
         _block_size(name, size) for name, size in (("q_block_size", q_block_size), ("kv_block_size", kv_block_size))
     ]
-    same_type = isinstance(mask, Tensor) and isinstance(q, Tensor) and mask.dtype == q.dtype
-    q, k, v = autocast(q, k, v)
-    if same_type:
-        (mask,) = autocast(mask)
+    q, k, v, mask = autocast(q, k, v, mask)
     check_qkv(q, k, v, same_length=False)
     check_mask(mask, q, k)
     refuse_forward_mode(q, k, v, mask)
@@ -100,7 +100,7 @@ def _block_size(name: str, size: int | str) -> int | None:
         return None
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"{name}: expected 'auto' or a whole number from 1, got {size!r}")
-    return size
+    return min(size, torch.iinfo(torch.int64).max)
 
 
 @torch.library.custom_op("transnormer::masked_attention", mutates_args=())
@@ -176,7 +176,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, qk_norm: bool) -> tuple[Tensor, Te
 
 def _block_sizes(q: Tensor, k: Tensor, q_block: int | None, kv_block: int | None) -> tuple[int, int]:
     """Sizes of blocks, none longer than the tokens; None is a size that fits the machine."""
-    scores, auto = _LIMITS[q.device.type]
+    scores, auto = _LIMITS.get(q.device.type, _LIMITS["cuda"])
     while auto > 128 and q.shape[0] * q.shape[1] * auto**2 > scores:
         auto //= 2
     return min(q_block or auto, q.shape[2]), min(kv_block or auto, k.shape[2])

@@ -28,22 +28,30 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def unit_length(x: Tensor) -> Tensor:
     """Divide the vectors of the last dim by their length, in float32 (float64 for float64), in x's type."""
     wide = x.to(compute_type(x.dtype))
-    return (wide / vector_length(wide)).to(x.dtype)
-
-
-def vector_length(x: Tensor) -> Tensor:
-    """Length of the vectors of the last dim, at least `MIN_LENGTH`; keeps the dim."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=MIN_LENGTH)
+    scale, length = _length(wide)
+    return (wide / scale / length).to(x.dtype)
 
 
 def unit_length_backward(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient through x / |x|: what is parallel to x goes, and the rest is divided by |x|."""
     x = x.to(grad.dtype)
-    length = vector_length(x)
-    unit = x / length
+    scale, length = _length(x)
+    unit = x / scale / length
     parallel = (grad * unit).sum(-1, keepdim=True) * unit
-    constant = length <= MIN_LENGTH  # shorter vectors are divided by a constant
-    return torch.where(constant, grad, grad - parallel) / length
+    constant = scale * length <= MIN_LENGTH  # shorter vectors are divided by a constant
+    return torch.where(constant, grad, grad - parallel) / scale / length
+
+
+def _length(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Length of the vectors of the last dim, at least `MIN_LENGTH`, in two factors: (..., 1) each.
+
+    The largest element is one of them: the square of a large number overflows. It is a constant to autograd, since a
+    unit vector does not change with the scale that it is divided by on the way.
+    """
+    if x.shape[-1] == 0:
+        return x.new_full((*x.shape[:-1], 1), MIN_LENGTH), x.new_ones(*x.shape[:-1], 1)
+    scale = x.detach().abs().amax(-1, keepdim=True).clamp(min=MIN_LENGTH)
+    return scale, torch.linalg.vector_norm(x / scale, dim=-1, keepdim=True).clamp(min=1)
 
 
 def expand_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -15,8 +15,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, same_length: bool) -> None:
     Raises TypeError for a wrong kind, ValueError for a wrong shape; both name the argument.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        _check_tensor(name, x, "a tensor")
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dims (batch, heads, tokens, width), got shape {tuple(x.shape)}")
         if x.dtype not in FLOAT_TYPES:
@@ -50,8 +49,7 @@ def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
     """Check that a mask is (B|1, H|1, Lq, Lk), of q's type or bool, on q's device."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: expected a tensor or None, got {type(mask).__name__}")
+    _check_tensor("mask", mask, "a tensor or None")
     if mask.dtype not in (q.dtype, torch.bool):
         raise TypeError(f"mask: expected q's type {q.dtype} or torch.bool, got {mask.dtype}")
     if mask.device != q.device:
@@ -69,8 +67,7 @@ def check_log_decay(log_decay: Tensor | None, q: Tensor) -> None:
     """Check that log_decay is (H,), float32 (or q's float64), on q's device, and on a CPU that it is ≤ 0."""
     if log_decay is None:
         return
-    if not isinstance(log_decay, Tensor):
-        raise TypeError(f"log_decay: expected a tensor or None, got {type(log_decay).__name__}")
+    _check_tensor("log_decay", log_decay, "a tensor or None")
     if log_decay.dtype not in (torch.float32, compute_type(q.dtype)):
         raise TypeError(f"log_decay: expected torch.float32, got {log_decay.dtype}")
     if log_decay.shape != (q.shape[1],):
@@ -78,15 +75,14 @@ def check_log_decay(log_decay: Tensor | None, q: Tensor) -> None:
     if log_decay.device != q.device:
         raise ValueError(f"log_decay: expected q's device {q.device}, got {log_decay.device}")
     if _readable(log_decay) and not bool((log_decay <= 0).all()):
-        raise ValueError(f"log_decay: expected values ≤ 0, got {log_decay.tolist()}")
+        raise ValueError(f"log_decay: expected values ≤ 0, got {_start(log_decay.tolist())}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor) -> None:
     """Check that cu_seqlens is (N+1,) int32 on q's device with B = 1, and on a CPU that it rises from 0 to T."""
     if cu_seqlens is None:
         return
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens: expected a tensor or None, got {type(cu_seqlens).__name__}")
+    _check_tensor("cu_seqlens", cu_seqlens, "a tensor or None")
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens: expected torch.int32, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
@@ -98,15 +94,14 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor) -> None:
     if _readable(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != q.shape[2] or bounds != sorted(bounds):
-            raise ValueError(f"cu_seqlens: expected values rising from 0 to {q.shape[2]} tokens, got {bounds}")
+            raise ValueError(f"cu_seqlens: expected values rising from 0 to {q.shape[2]} tokens, got {_start(bounds)}")
 
 
 def check_state(state: Tensor | None, name: str, q: Tensor, v: Tensor, num_sequences: int) -> None:
     """Check that a recurrent state is (sequences, H, D, E), float32 (float64 for float64), on q's device."""
     if state is None:
         return
-    if not isinstance(state, Tensor):
-        raise TypeError(f"{name}: expected a tensor or None, got {type(state).__name__}")
+    _check_tensor(name, state, "a tensor or None")
     if state.dtype != compute_type(q.dtype):
         raise TypeError(f"{name}: expected {compute_type(q.dtype)}, got {state.dtype}")
     expected = (num_sequences, q.shape[1], q.shape[3], v.shape[3])
@@ -128,9 +123,21 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
+def _check_tensor(name: str, x: object, expected: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected {expected}, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+
+
 def _readable(x: Tensor) -> bool:
     """Whether values can be read without stalling a GPU, breaking a compiled graph or asking a fake tensor."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+
+
+def _start(values: list[float]) -> str:
+    """The values of a list, of a long one the first."""
+    return str(values) if len(values) <= 16 else f"{str(values[:16])[:-1]}, … {len(values)} values]"
 
 
 def _names(types: tuple[torch.dtype, ...]) -> str:

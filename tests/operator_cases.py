@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ops import lightning_attention, reference
 from ops.decay import causal_decay, powers
-from ops.numerics import compute_type, unit_length, vector_length
+from ops.numerics import MIN_LENGTH, compute_type, unit_length
 
 Operator = Callable[..., tuple[Tensor, Tensor]]
 
@@ -224,7 +224,7 @@ def spread(
 
 def spread_of_unit_length(du: Tensor, x: Tensor) -> Tensor:
     """The same for (du - (du · u) u) / |x|, the gradient through u = x / |x|, from the spread of du."""
-    length = vector_length(x)
+    length = x.norm(dim=-1, keepdim=True).clamp(min=MIN_LENGTH)
     u = (x / length).square()
     return (du.square() + u * (du.square() * u).sum(-1, keepdim=True)).sqrt() / length
 

@@ -31,6 +31,7 @@ BAD_QKV = [
     ({"q": q().long()}, TypeError, "q: expected one of float32, bfloat16, float16, float64, got torch.int64"),
     ({"k": q().double()}, TypeError, "k: expected q's type torch.float32, got torch.float64"),
     ({"v": q().half()}, TypeError, "v: expected q's type torch.float32, got torch.float16"),
+    ({"q": q().to_sparse()}, TypeError, "q: expected a dense tensor, got torch.sparse_coo"),
     ({"k": q(device=META)}, ValueError, "k: expected q's device cpu, got meta"),
     ({"v": q(3, 4, 6, 8)}, ValueError, "v: expected q's batch size 2, got 3"),
     ({"k": q(2, 3, 6, 8)}, ValueError, "k: expected a number of heads that divides q's 4, got 3"),
@@ -49,6 +50,11 @@ BAD_DECAYS = [
         {"log_decay": torch.tensor([-1, 0, 0.5, -2])},
         ValueError,
         "log_decay: expected values ≤ 0, got [-1.0, 0.0, 0.5, -2.0]",
+    ),
+    (
+        {"q": q(2, 20, 6, 8), "log_decay": q(20)},
+        ValueError,
+        f"log_decay: expected values ≤ 0, got [{'1.0, ' * 16}… 20 values]",
     ),
     ({"log_decay": -q(4) * torch.nan}, ValueError, "log_decay: expected values ≤ 0, got [nan, nan, nan, nan]"),
 ]

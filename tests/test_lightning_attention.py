@@ -164,6 +164,19 @@ def test_forward_mode_is_an_error(device: torch.device) -> None:
     for operator in (lightning_attention, flash_linear_attention):
         with pytest.raises(RuntimeError, match="forward-mode"):
             torch.func.jvp(lambda x, operator=operator: operator(x, k, v), (q,), (q,))
+    one, state = q[:, :, :1], q.new_zeros(1, 2, 4, 4)
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda x: lightning_attention_step(x, one, one, None, state), (one,), (one,))
+
+
+def test_a_step_changes_no_state_that_asks_for_a_gradient(device: torch.device) -> None:
+    one, state = torch.ones(1, 2, 1, 4, device=device), torch.zeros(1, 2, 4, 4, device=device, requires_grad=True)
+    with pytest.raises(ValueError, match="^state: expected one without gradient"):
+        lightning_attention_step(one, one, one, None, state)
+    assert state.count_nonzero() == 0
+    with torch.no_grad():
+        lightning_attention_step(one, one, one, None, state)
+    assert state.count_nonzero() == state.numel()
 
 
 def test_a_width_of_zero(device: torch.device) -> None:

@@ -163,6 +163,15 @@ def test_autocast_casts_the_inputs_and_nothing_inside(mask: str, options: dict, 
         assert torch.equal(x, expected[name].to(x.dtype)), name
 
 
+def test_autocast_takes_a_mask_of_floats_beside_what_a_layer_made_narrow(device: torch.device) -> None:
+    tensors = arguments(masked_case(mask="full"), device, torch.float32)
+    mask = tensors["mask"]
+    narrow = {name: x.bfloat16() for name, x in tensors.items()}
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        actual = flash_linear_attention(**{**narrow, "mask": mask})
+    assert torch.equal(actual, flash_linear_attention(**narrow))
+
+
 @every_writing
 def test_a_float_mask_of_zeros_and_ones_is_the_bool_one(options: dict, device: torch.device) -> None:
     case = MaskedCase(mask="bool")
