@@ -62,7 +62,8 @@ def flash_linear_attention(
         mask: (B or 1, H or 1, Lq, Lk), q's type or bool; None means all ones, computed as `q (kᵀ v)`.
         qk_norm: divide q and k by their length.
         implementation: "normal" holds all scores; "split" (ragged blocks), "block" (padded ones) and "inplace" (into
-            buffers made once) hold a block of them at a time; "cuda" is the kernel, "auto" the kernel where it can run, else "inplace".
+            buffers made once) hold a block of them at a time; "cuda" is the kernel, "auto" the kernel where it can
+            run, else "inplace".
         q_block_size: queries in a block, or "auto".
         kv_block_size: keys in a block, or "auto".
 

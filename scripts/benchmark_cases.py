@@ -48,8 +48,12 @@ class Case:
         for name in ("Gk", "Gv"):
             if self.H % (value := getattr(self, name)):
                 raise ValueError(f"{name}: expected a divisor of {self.H} heads, got {value}")
-        if self.operator == "lightning" and (self.Lq != self.Lk or self.mask != "none"):
-            raise ValueError(f"lightning: expected mask none and Lq = Lk, got {self.mask}, {self.Lq} and {self.Lk}")
+        if self.operator == "lightning" and self.mask != "none":
+            raise ValueError(f"mask: expected none for lightning attention, got {self.mask}")
+        if self.operator == "lightning" and self.Lq != self.Lk:
+            raise ValueError(f"Lk: expected Lq = {self.Lq} for lightning attention, got {self.Lk}")
+        if self.qk_norm and self.backward and self.D == 1:
+            raise ValueError("D: expected at least 2 with qk_norm, since its gradient of one number is 0, got 1")
         if self.mask_grad and not (self.backward and self.mask in ("shared", "full")):
             raise ValueError(f"mask_grad: expected a backward pass and mask shared or full, got mask {self.mask}")
 

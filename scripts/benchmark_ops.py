@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -33,6 +34,10 @@ ROTATED_BYTES = 200 * 2**20  # copies of the inputs take turns until they are la
 SHAPE_OPTIONS: dict[str, Any] = {
     "operator": "masked", "batch": 1, "heads": 8, "kv_heads": None, "tokens": [1024], "width": 64, "value_width": None,
     "dtypes": ["float32"], "mask": None, "mask_grad": False, "forward_only": False, "qk_norm": False,
+}  # fmt: skip
+FIELD_OPTIONS = {
+    "B": "batch", "H": "heads", "Gk": "kv-heads", "Gv": "kv-heads", "Lq": "tokens", "D": "width", "E": "value-width",
+    "mask_grad": "mask-grad",
 }  # fmt: skip
 
 
@@ -124,16 +129,25 @@ def benchmark(cases: Sequence[Case], args: argparse.Namespace) -> list[Result]:
     width = max(len(str(case)) for case in cases)
     print(line(COLUMNS, width))
     results: list[Result] = []
-    for case in cases:
-        names = [n for n in implementations(case) if args.implementations is None or n in args.implementations]
-        for result in measure_case(case, names, args):
-            print(line(cells(result), width), flush=True)
-            results.append(result)
-            if args.json is not None:
-                _write(args.json, {**record, "results": results})
-    if args.plot is not None:
-        plot([(machine(record["header"]), results)], args.plot)
+    try:
+        for case in cases:
+            names = [n for n in implementations(case) if args.implementations is None or n in args.implementations]
+            for result in measure_case(case, names, args):
+                print(line(cells(result), width), flush=True)
+                results.append(result)
+                if args.json is not None:
+                    _write(args.json, {**record, "results": results})
+    finally:  # a run that is stopped draws what it has
+        if args.plot is not None:
+            _draw([(machine(record["header"]), results)], args.plot)
     return results
+
+
+def _draw(runs: Sequence[tuple[str, Sequence[Result]]], target: Path) -> None:
+    if any(result["status"] == "ok" for _, results in runs for result in results):
+        plot(runs, target)
+    else:
+        print(f"nothing was measured, so {target} is not drawn", file=sys.stderr)
 
 
 def _write(target: Path, record: dict[str, Any]) -> None:
@@ -146,18 +160,22 @@ def _write(target: Path, record: dict[str, Any]) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Tables and the plot of files that earlier runs wrote."""
-    records = []
+    """Tables, growth with length and the plot of files that earlier runs wrote."""
+    runs = []
     for file in args.from_json:
         try:
             record = json.loads(file.read_text())
-            records.append((machine(record["header"]), record["results"]))
-            tables = markdown(records[-1][1]) if args.markdown else _table(records[-1][1])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            args.parser.error(f"--from-json: expected files that --json wrote, got {file}: {error}")
-        print(f"{records[-1][0]}\n\n{tables}\n")
+            title, results = machine(record["header"]), record["results"]
+            if not results:
+                raise ValueError("no results")
+            table = "\n".join([markdown(results) if args.markdown else _table(results), "", *growth(results)])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            said = f"{type(error).__name__}: {error}"
+            args.parser.error(f"--from-json: expected files that --json wrote, got {file}: {said}")
+        print(f"{title}\n\n{table}\n")
+        runs.append((title, results))
     if args.plot is not None:
-        plot(records, args.plot)
+        _draw(runs, args.plot)
 
 
 def _table(results: Sequence[Result]) -> str:
@@ -178,17 +196,19 @@ def _cases(args: argparse.Namespace) -> list[Case]:
                 parser.error(f"--cases: expected some of {', '.join(GROUPS)}, or cases that --list names, got {name}")
         return list(dict.fromkeys(case for name in args.cases for case in every[name]))
     o = {name: getattr(args, name) if name in given else value for name, value in SHAPE_OPTIONS.items()}
-    kv, width = o["kv_heads"] or o["heads"], o["value_width"] or o["width"]
+    kv = o["heads"] if o["kv_heads"] is None else o["kv_heads"]
+    width = o["width"] if o["value_width"] is None else o["value_width"]
     mask = o["mask"] or ("shared" if o["operator"] == "masked" else "none")
     rest: dict[str, Any] = {"mask_grad": o["mask_grad"], "qk_norm": o["qk_norm"], "backward": not o["forward_only"]}
     try:
         return [
             Case(o["operator"], o["batch"], o["heads"], kv, kv, tokens, tokens, o["width"], width, dtype, mask, **rest)
-            for dtype in o["dtypes"]
-            for tokens in o["tokens"]
+            for dtype in dict.fromkeys(o["dtypes"])
+            for tokens in dict.fromkeys(o["tokens"])
         ]
     except ValueError as problem:
-        parser.error(str(problem))
+        field, _, expected = str(problem).partition(":")
+        parser.error(f"--{FIELD_OPTIONS.get(field, field)}:{expected}")
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -223,6 +243,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for flag in ("--mask-grad", "--forward-only", "--qk-norm"):
         shape.add_argument(flag, action="store_true", default=None)
     args = p.parse_args(argv)
+    for mode, known in (("list", {"list"}), ("from_json", {"from_json", "markdown", "plot"})):
+        others = [name for name, value in vars(args).items() if value != p.get_default(name) and name not in known]
+        if getattr(args, mode) and others:
+            p.error(f"--{mode.replace('_', '-')}: expected no --{others[0].replace('_', '-')} beside it")
+    if args.markdown and not args.from_json:
+        p.error("--markdown: expected --from-json beside it")
     args.parser = p
     args.command = " ".join(["python -m scripts.benchmark_ops", *(sys.argv[1:] if argv is None else argv)])
     _check(args)
@@ -234,28 +260,34 @@ def _check(args: argparse.Namespace) -> None:
     args.repeats = (30 if args.device == "cuda" else 7) if args.repeats is None else args.repeats
     if args.repeats < 2:
         error(f"--repeats: expected a whole number from 2, got {args.repeats}")
+    for name, number in (("--seconds", args.seconds), ("--score-memory", args.score_memory)):
+        if not 0 < number < math.inf:
+            error(f"{name}: expected a number over 0, got {number}")
     for name, file in (("--json", args.json), ("--plot", args.plot)):
-        if file is not None and not file.absolute().parent.is_dir():
+        if file is None:
+            continue
+        if not file.absolute().parent.is_dir() or file.is_dir():
             error(f"{name}: expected a file in a folder that exists, got {file}")
+        if not os.access(file.absolute().parent, os.W_OK):
+            error(f"{name}: expected a folder to write in, got {file.absolute().parent}")
     if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
         error(f"--plot: expected a .png or .svg file, got {args.plot}")
     if args.from_json or args.list:
         return
     args.cases = _cases(args)
     known = list(dict.fromkeys(name for case in args.cases for name in implementations(case)))
-    for option, named in (
-        ("--implementations", args.implementations),
-        ("--baseline", args.baseline and [args.baseline]),
-    ):
-        for name in named or ():
-            if name not in known:
-                error(f"{option}: expected some of {', '.join(known)}, got {name}")
+    for name in args.implementations or ():
+        if name not in known:
+            error(f"--implementations: expected some of {', '.join(known)}, got {name}")
+    measured = args.implementations or known
+    if args.baseline is not None and args.baseline not in measured:
+        error(f"--baseline: expected one of {', '.join(measured)}, got {args.baseline}")
     if args.device == "cuda" and not torch.cuda.is_available():
         error("--device: cuda needs a GPU, torch.cuda.is_available() is False")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 1 if a check of numbers failed."""
+    """Run the command line; returns 1 if a check of numbers failed, 130 if it was stopped by Ctrl-C."""
     args = arguments(argv)
     if args.list:
         for group, cases in GROUPS.items():
@@ -264,7 +296,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.from_json:
         show(args)
         return 0
-    results = benchmark(args.cases, args)
+    try:
+        results = benchmark(args.cases, args)
+    except KeyboardInterrupt:
+        print("stopped; what was measured is above" + (f" and in {args.json}" if args.json else ""), file=sys.stderr)
+        return 130
     for text in growth(results):
         print(text)
     return int(any(result["status"] == "FAILED" for result in results))

@@ -152,18 +152,29 @@ def test_a_materialised_decay_goes_by_groups_of_heads(memory: str, note: str | N
         (["--cases", "all"], "--cases: expected some of writings, lengths,"),
         (["--cases", "quick", "--tokens", "5"], "--cases: expected no options of shapes beside it, got --tokens"),
         (["--implementations", "fast"], "--implementations: expected some of normal, split, block, inplace, cuda,"),
-        (["--baseline", "torch"], "--baseline: expected some of normal,"),
+        (["--baseline", "torch"], "--baseline: expected one of normal,"),
+        (["--implementations", "normal", "--baseline", "block"], "--baseline: expected one of normal, got block"),
         (["--repeats", "1"], "--repeats: expected a whole number from 2, got 1"),
-        (["--heads", "0"], "H: expected a whole number from 1, got 0"),
-        (["--heads", "6", "--kv-heads", "4"], "Gk: expected a divisor of 6 heads, got 4"),
+        (["--seconds", "0"], "--seconds: expected a number over 0, got 0.0"),
+        (["--score-memory", "inf"], "--score-memory: expected a number over 0, got inf"),
+        (["--heads", "0"], "--heads: expected a whole number from 1, got 0"),
+        (["--tokens", "16", "-1"], "--tokens: expected a whole number from 1, got -1"),
+        (["--kv-heads", "0"], "--kv-heads: expected a whole number from 1, got 0"),
+        (["--value-width", "0"], "--value-width: expected a whole number from 1, got 0"),
+        (["--heads", "6", "--kv-heads", "4"], "--kv-heads: expected a divisor of 6 heads, got 4"),
         (
             ["--mask-grad", "--mask", "bool"],
-            "mask_grad: expected a backward pass and mask shared or full, got mask bool",
+            "--mask-grad: expected a backward pass and mask shared or full, got mask bool",
         ),
-        (["--operator", "lightning", "--mask", "full"], "lightning: expected mask none"),
+        (["--operator", "lightning", "--mask", "full"], "--mask: expected none for lightning attention, got full"),
+        (["--width", "1", "--qk-norm"], "--width: expected at least 2 with qk_norm"),
         (["--json", "nowhere/a.json"], "--json: expected a file in a folder that exists, got nowhere/a.json"),
+        (["--json", "."], "--json: expected a file in a folder that exists, got ."),
         (["--plot", "a.gif"], "--plot: expected a .png or .svg file, got a.gif"),
         (["--from-json", "nothing.json"], "--from-json: expected files that --json wrote, got nothing.json"),
+        (["--from-json", "a.json", "--cases", "quick"], "--from-json: expected no --cases beside it"),
+        (["--list", "--heads", "3"], "--list: expected no --heads beside it"),
+        (["--markdown"], "--markdown: expected --from-json beside it"),
         (["--dtypes", "int8"], "invalid choice: 'int8'"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -176,6 +187,57 @@ def test_what_makes_no_sense_ends_with_2(
         main(argv)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        [],
+        {"header": {}},
+        {"header": [], "results": []},
+        {"header": {}, "results": []},
+        {"header": {}, "results": [{"case": "a"}]},
+        {"header": {}, "results": [{"case": "a", "length": 1, "status": "ok", "implementation": "b", "series": "s"}]},
+    ],
+    ids=json.dumps,
+)
+@pytest.mark.parametrize("markdown", [[], ["--markdown"]], ids=["table", "markdown"])
+def test_a_file_that_is_no_benchmark_is_refused(
+    markdown: list[str], record: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, drawn = tmp_path / "a.json", tmp_path / "a.png"
+    file.write_text(json.dumps(record))
+    with pytest.raises(SystemExit) as end:
+        main(["--from-json", str(file), "--plot", str(drawn), *markdown])
+    assert end.value.code == 2
+    assert f"expected files that --json wrote, got {file}: " in capsys.readouterr().err
+    assert not drawn.exists()
+
+
+def test_ctrl_c_keeps_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(operator_calls, "plain", stop)
+    files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    assert main([*SMALL, "--implementations", "split", "plain", *files]) == 130
+    assert list(results_of(tmp_path / "a.json")) == ["split"]
+    assert (tmp_path / "a.png").exists()
+    assert f"and in {tmp_path / 'a.json'}" in capsys.readouterr().err
+
+
+def test_nothing_measured_draws_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--implementations", "cuda", "--plot", str(tmp_path / "a.png")]) == 0
+    assert "nothing was measured" in capsys.readouterr().err
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_length_named_twice_is_measured_once(tmp_path: Path) -> None:
+    argv = [*SMALL, "--tokens", "16", "16", "--dtypes", "float32", "float32", "--implementations", "normal"]
+    assert main([*argv, "--json", str(tmp_path / "a.json")]) == 0
+    assert len(json.loads((tmp_path / "a.json").read_text())["results"]) == 1
 
 
 def test_the_list_names_every_case_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,7 +171,7 @@ def test_forward_mode_is_an_error(device: torch.device) -> None:
 
 def test_a_step_changes_no_state_that_asks_for_a_gradient(device: torch.device) -> None:
     one, state = torch.ones(1, 2, 1, 4, device=device), torch.zeros(1, 2, 4, 4, device=device, requires_grad=True)
-    with pytest.raises(ValueError, match="^state: expected one without gradient"):
+    with pytest.raises(ValueError, match=r"^state: expected one without gradient"):
         lightning_attention_step(one, one, one, None, state)
     assert state.count_nonzero() == 0
     with torch.no_grad():
