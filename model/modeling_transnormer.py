@@ -136,7 +136,8 @@ class LightningAttention(nn.Module):
         log_decay = self.log_decay(q.device)
         qk_norm = self.config.qk_norm == "l2"
         state = None if cache is None or cache.state is None else cache.state.to(q.device)
-        differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, state))
+        inputs = [x for x in (q, k, v, log_decay, state) if x is not None]
+        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         if cache is not None and state is not None and tokens == 1 and packing is None and not differentiable:
             if qk_norm:
                 q, k = unit_length(q), unit_length(k)

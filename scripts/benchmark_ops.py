@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -81,6 +82,7 @@ def measure(case: Case, name: str, given: Inputs, expected: Truth, args: argpars
         said = str(error).strip().splitlines() or [""]
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             return _result(case, name, status="out of memory", reason=said[0])
+        traceback.print_exc()
         return _result(case, name, status="FAILED", reason=f"{type(error).__name__}: {said[0]}")
 
 

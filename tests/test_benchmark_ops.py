@@ -113,7 +113,12 @@ def test_a_wrong_mask_gradient_gets_no_time(tmp_path: Path, monkeypatch: pytest.
     ids=["memory", "value", "nothing-said"],
 )
 def test_what_one_can_not_do_costs_the_others_nothing(
-    error: Exception, status: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception,
+    status: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise error
@@ -121,6 +126,7 @@ def test_what_one_can_not_do_costs_the_others_nothing(
     monkeypatch.setattr(operator_calls, "flash_linear_attention", fail)
     code = main([*SMALL, "--implementations", "split", "plain", "--json", str(tmp_path / "a.json")])
     assert code == (1 if status == "FAILED" else 0)
+    assert ("Traceback" in capsys.readouterr().err) == (status == "FAILED")
     results = results_of(tmp_path / "a.json")
     assert (results["split"]["status"], results["split"]["reason"]) == (status, reason)
     assert (results["plain"]["status"], results["plain"]["ratio"]) == ("ok", None)

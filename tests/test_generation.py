@@ -52,8 +52,14 @@ def test_chunked_prefill_equals_one_pass(variant: str, device: torch.device) -> 
 
 
 def test_gradients_flow_through_a_carried_state() -> None:
-    for variant in ("mha-lrpe-fixed", "one-head-learned"):
+    for variant, trained in (
+        ("mha-lrpe-fixed", ""),
+        ("one-head-learned", ""),
+        ("one-head-learned", "0.token_mixer.decay_log"),
+    ):
         model, ids = tiny_model(variant), random_ids(1, 80)
+        for name, x in model.named_parameters():
+            x.requires_grad_(trained in name)
         model(ids, labels=ids).loss.backward()
         expected = [x.grad.clone() for x in model.parameters() if x.grad is not None]
         model.zero_grad()
@@ -64,6 +70,17 @@ def test_gradients_flow_through_a_carried_state() -> None:
             logits.append(out.logits)
         model.loss_function(torch.cat(logits, dim=1), ids, VOCABULARY).backward()
         assert_all_near([x.grad for x in model.parameters() if x.grad is not None], expected)
+
+
+def test_one_token_trains_a_decay_alone() -> None:
+    model, ids = tiny_model("one-head-learned"), random_ids(1, 20)
+    for name, x in model.named_parameters():
+        x.requires_grad_("1.token_mixer.decay_log" in name)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    model(ids[:, :1], past_key_values=cache).logits.square().sum().backward()
+    grads = [x.grad for x in model.parameters() if x.requires_grad]
+    assert all(grad is not None and grad.abs().min() > 0 for grad in grads)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What the operators hold in memory: scores never, in place no new buffer for a block, lightning nothing quadratic."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -11,15 +12,18 @@ from ops import flash_linear_attention, lightning_attention
 from scripts.measure import allocations, peak_memory, saved_bytes
 
 
+def _both_passes(forward: Callable[[], torch.Tensor]) -> None:
+    forward().sum().backward()
+
+
 def test_backward_keeps_its_inputs_and_nothing_that_grows_faster(device: torch.device) -> None:
     stored, peaks = [], []
     for tokens in (2048, 4096):
         tensors = inputs(Case(T=tokens, B=1, state=False), device, torch.float32)
         leaves = {name: x.requires_grad_() for name, x in tensors.items() if x is not None}
-        stored.append(saved_bytes(lambda leaves=leaves: lightning_attention(**leaves)))
+        stored.append(saved_bytes(partial(lightning_attention, **leaves)))
         assert stored[-1] == sum(x.nbytes for x in leaves.values())
-        run_once = lambda leaves=leaves: lightning_attention(**leaves).sum().backward()  # noqa: E731
-        peaks.append(peak_memory(run_once, device))
+        peaks.append(peak_memory(partial(_both_passes, partial(lightning_attention, **leaves)), device))
     assert stored[1] < 2 * stored[0] + 1
     assert peaks[1] < 2.2 * peaks[0]  # quadratic memory would be 4
     assert peaks[1] < 4 * 4096**2 * 4  # one (H, T, T) score tensor
@@ -38,8 +42,7 @@ def test_blocks_hold_less_than_half_of_normal_and_none_saves_scores(mask_grad: b
     for name in ("normal", "split", "block", "inplace"):
         forward = partial(flash_linear_attention, *tensors, implementation=name)
         assert saved_bytes(forward) == sum(x.nbytes for x in tensors)
-        both = lambda forward=forward: forward().sum().backward()  # noqa: E731
-        peaks[name] = peak_memory(forward, device), peak_memory(both, device)
+        peaks[name] = peak_memory(forward, device), peak_memory(partial(_both_passes, forward), device)
     scores = 2 * 4096**2 * 4
     assert peaks["normal"][0] >= scores
     assert peaks["normal"][1] >= 1.9 * scores
