@@ -8,6 +8,10 @@ from torch import Tensor
 from .chunkwise import backward as chunkwise_backward
 from .chunkwise import forward as chunkwise_forward
 from .decay import step_factors
+from .lightning_cuda import backward as cuda_backward
+from .lightning_cuda import forward as cuda_forward
+from .lightning_cuda import step as cuda_step
+from .lightning_cuda import unavailable_reason
 from .numerics import autocast, compute_type, expand_heads, no_autocast
 from .validation import (
     check_choice,
@@ -72,10 +76,11 @@ def lightning_attention(
     check_cu_seqlens(cu_seqlens, q)
     check_state(initial_state, "initial_state", q, v, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
     refuse_forward_mode(q, k, v, log_decay, initial_state)
-    reason = cuda_unavailable_reason(q)
+    reason = None if backend == "torch" else cuda_unavailable_reason(q, v)
     if backend == "cuda" and reason is not None:
         raise ValueError(f"backend: 'cuda' can't take this call: {reason}")
-    o, state = _forward(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
+    kernels = backend != "torch" and reason is None
+    o, state = _forward(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, kernels)
     return (o, state) if output_final_state else o
 
 
@@ -109,12 +114,12 @@ def lightning_attention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor 
     return _step(q, k, v, log_decay, state)
 
 
-def cuda_unavailable_reason(q: Tensor) -> str | None:
-    """Why the CUDA kernel can't take a call, or None if it can."""
-    return "the CUDA kernel does not exist yet"
+def cuda_unavailable_reason(q: Tensor, v: Tensor) -> str | None:
+    """Why the CUDA kernels can't take a call, or None if they can."""
+    return unavailable_reason(q, v)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::attention", mutates_args=())
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -123,19 +128,21 @@ def _forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     qk_norm: bool,
+    kernels: bool,
 ) -> tuple[Tensor, Tensor]:
     with no_autocast(q):
-        return chunkwise_forward(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
+        compute = cuda_forward if kernels and _has_elements(q, v) else chunkwise_forward
+        return compute(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
 
 
 @_forward.register_fake
-def _(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm):  # type: ignore[no-untyped-def]
+def _(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, kernels):  # type: ignore[no-untyped-def]
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     o = v.new_empty((*q.shape[:3], v.shape[3]))
     return o, v.new_empty((sequences, q.shape[1], q.shape[3], v.shape[3]), dtype=compute_type(q.dtype))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::attention_backward", mutates_args=())
 def _backward(
     grad_o: Tensor,
     grad_state: Tensor,
@@ -147,30 +154,38 @@ def _backward(
     cu_seqlens: Tensor | None,
     qk_norm: bool,
     decay_grad: bool,
+    kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    arguments = grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm
     with no_autocast(q):
-        return chunkwise_backward(
-            grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, decay_grad
-        )
+        if not kernels or decay_grad or not _has_elements(q, v):
+            return chunkwise_backward(*arguments, decay_grad)
+        dq, dk, dv, grad_initial = cuda_backward(*arguments)
+        return dq, dk, dv, grad_initial.new_zeros(q.shape[1]), grad_initial
+
+
+def _has_elements(q: Tensor, v: Tensor) -> bool:
+    return q.numel() > 0 and v.numel() > 0
 
 
 @_backward.register_fake
-def _(grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, decay_grad):  # type: ignore[no-untyped-def]
+def _(grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, decay_grad, kernels):  # type: ignore[no-untyped-def]
     grads = (x.new_empty(x.shape) for x in (q, k, v))
     return *grads, grad_state.new_empty(q.shape[1:2]), grad_state.new_empty(grad_state.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.qk_norm = inputs
+    *tensors, ctx.qk_norm, ctx.kernels = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # read once: gradient checkpointing frees them at the first reading
     log_decay, initial_state = saved[3:5]
-    dq, dk, dv, grad_decay, grad_initial = _backward(grad_o, grad_state, *saved, ctx.qk_norm, ctx.needs_input_grad[3])
+    decay_grad = ctx.needs_input_grad[3]
+    dq, dk, dv, grad_decay, grad_initial = _backward(grad_o, grad_state, *saved, ctx.qk_norm, decay_grad, ctx.kernels)
     grad_decay = None if log_decay is None else grad_decay.to(log_decay.dtype)
-    return dq, dk, dv, grad_decay, None if initial_state is None else grad_initial, None, None
+    return dq, dk, dv, grad_decay, None if initial_state is None else grad_initial, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -178,6 +193,8 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 @torch.library.custom_op(f"{_NAMESPACE}::step", mutates_args={"state"})
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
+    if state.is_contiguous() and _has_elements(q, v) and cuda_unavailable_reason(q, v) is None:
+        return cuda_step(q, k, v, log_decay, state)
     wide = state.dtype
     k, v = (expand_heads(x, q.shape[1]).to(wide) for x in (k, v))
     new = k.mT * v  # (B, H, D, E)

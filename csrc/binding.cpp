@@ -1,0 +1,283 @@
+// The operators as PyTorch sees them, and every check of what they are given. Python allocates, these fill.
+//
+// PyTorch's stable ABI: one library serves all versions from 2.10 on.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "combine.h"
+#include "step.h"
+#include "variants.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#define CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
+
+void check_cuda(cudaError_t error) { CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); }
+
+cudaStream_t stream_of(const Tensor& x) {
+  void* stream = nullptr;
+  CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == 0, "no current CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+ElementType element_type(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return ElementType::kFloat32;
+    case ScalarType::BFloat16:
+      return ElementType::kBfloat16;
+    case ScalarType::Half:
+      return ElementType::kFloat16;
+    default:
+      CHECK(false, name, ": expected float32, bfloat16 or float16");
+  }
+  return ElementType::kFloat32;
+}
+
+void check_shape(const Tensor& x, const char* name, std::initializer_list<int64_t> expected) {
+  bool same = x.dim() == int64_t(expected.size());
+  int dim = 0;
+  for (const int64_t size : expected) same = same && x.size(dim++) == size;
+  std::string got, wanted;
+  for (int64_t i = 0; i < x.dim(); ++i) got += std::to_string(x.size(i)) + " ";
+  for (const int64_t size : expected) wanted += std::to_string(size) + " ";
+  CHECK(same, name, ": expected shape ", wanted, "got ", got);
+}
+
+void check_same(const Tensor& x, const char* name, ScalarType type, const Tensor& like) {
+  CHECK(x.scalar_type() == type, name, ": wrong type");
+  CHECK(x.is_cuda() && x.get_device_index() == like.get_device_index(), name, ": expected on the device of the others");
+}
+
+const float* log_decay_of(const std::optional<Tensor>& log_decay, const Tensor& like, int64_t heads) {
+  if (!log_decay) return nullptr;
+  check_same(*log_decay, "log_decay", ScalarType::Float, like);
+  check_shape(*log_decay, "log_decay", {heads});
+  CHECK(log_decay->is_contiguous(), "log_decay: expected contiguous");
+  return static_cast<const float*>(log_decay->data_ptr());
+}
+
+// A (B, heads, T, width) tensor for the copy engine, in boxes of 64 columns and 64 tokens. A dim that is expanded has
+// one entry: *batch becomes 0, and *group, the query heads that share a head, all of them.
+CUtensorMap tensor_map(const Tensor& x, const char* name, int64_t query_heads, int* batch, int* group) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+    CHECK(found == cudaDriverEntryPointSuccess, "the driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  CHECK(x.dim() == 4, name, ": expected 4 dims, got ", x.dim());
+  CHECK(x.size(3) % 8 == 0 && x.size(3) > 0, name, ": expected a width that 8 divides, got ", x.size(3));
+  CHECK(x.stride(3) == 1, name, ": expected the last dim contiguous");
+  CHECK(query_heads % x.size(1) == 0, name, ": expected heads that divide ", query_heads, ", got ", x.size(1));
+  const bool one_row = x.stride(0) == 0 || x.size(0) == 1, one_head = x.stride(1) == 0 || x.size(1) == 1;
+  *batch = one_row ? 0 : 1;
+  *group = one_head ? query_heads : query_heads / x.size(1);
+  cuuint64_t sizes[4] = {cuuint64_t(x.size(3)), cuuint64_t(x.size(2)), one_head ? 1 : cuuint64_t(x.size(1)),
+                         one_row ? 1 : cuuint64_t(x.size(0))};
+  cuuint64_t strides[3];
+  for (int i = 0; i < 3; ++i) {
+    strides[i] = x.stride(2 - i) * 2;
+    if (sizes[i + 1] == 1) strides[i] = sizes[0] * 2;  // of no meaning, but it must be a valid one
+    CHECK(strides[i] > 0 && strides[i] % 16 == 0, name, ": expected strides of whole 16 bytes");
+  }
+  CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name, ": expected 16-byte aligned");
+  const cuuint32_t box[4] = {64, 64, 1, 1}, steps[4] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, x.data_ptr(), sizes, strides, box, steps,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CHECK(result == CUDA_SUCCESS, name, ": no tensor map, error ", int(result));
+  return map;
+}
+
+float* state_of(const Tensor& x, const char* name, const Tensor& like, int64_t heads, int64_t d, int64_t e,
+                StateStrides* strides) {
+  check_same(x, name, ScalarType::Float, like);
+  check_shape(x, name, {x.size(0), heads, d, e});
+  *strides = {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+  return static_cast<float*>(x.data_ptr());
+}
+
+// What passes with and without output share. Returns the number of segments.
+int64_t fill(PassParams& p, const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
+             const std::optional<Tensor>& initial, const std::optional<Tensor>& table, const std::optional<Tensor>& carry,
+             int64_t heads, int64_t segment_length, bool reverse, int64_t norm) {
+  CHECK(k.scalar_type() == ScalarType::BFloat16 || k.scalar_type() == ScalarType::Half,
+        "k: expected bfloat16 or float16");
+  check_same(v, "v", k.scalar_type(), k);
+  CHECK(segment_length > 0 && segment_length % 64 == 0, "segment_length: expected a multiple of 64, got ", segment_length);
+  p.batch = k.size(0), p.heads = heads, p.tokens = k.size(2), p.d = k.size(3), p.e = v.size(3);
+  check_shape(v, "v", {p.batch, v.size(1), p.tokens, p.e});
+  p.k = tensor_map(k, "k", heads, &p.k_batch, &p.k_group);
+  p.v = tensor_map(v, "v", heads, &p.v_batch, &p.v_group);
+  p.log_decay = log_decay_of(log_decay, k, heads);
+  p.segment_length = segment_length;
+  p.segments = (p.tokens + segment_length - 1) / segment_length;
+  int64_t slots;
+  if (table) {
+    check_same(*table, "table", ScalarType::Int, k);
+    CHECK(table->dim() == 2 && table->size(1) == 4 && table->is_contiguous(), "table: expected (segments + 1, 4)");
+    CHECK(p.batch == 1, "table: expected a batch of 1, got ", p.batch);
+    p.table = static_cast<const Segment*>(table->data_ptr());
+    slots = p.table_length = table->size(0) - 1;
+  } else {
+    slots = int64_t(p.batch) * p.segments;
+  }
+  if (initial) p.initial = state_of(*initial, "initial", k, heads, p.d, p.e, &p.initial_strides);
+  if (carry) {
+    p.carry = state_of(*carry, "carry", k, heads, p.d, p.e, &p.carry_strides);
+    check_shape(*carry, "carry", {int64_t(p.batch) * p.segments, heads, p.d, p.e});
+  } else {
+    CHECK(p.segments <= 1, "carry: expected for ", p.segments, " segments");
+  }
+  p.reverse = reverse;
+  p.norm = Norm(norm);
+  const Tile tile = tile_of(p.d, p.e);
+  p.d_tiles = (p.d + tile.d - 1) / tile.d;
+  p.e_tiles = (p.e + tile.e - 1) / tile.e;
+  CHECK(p.norm == Norm::kNone || (norm == int64_t(Norm::kValues) ? p.e_tiles : p.d_tiles) == 1,
+        "norm: expected vectors no wider than a tile");
+  return slots;
+}
+
+void run(const PassParams& p, const Tensor& like, bool output, int64_t slots) {
+  const Tile tile = tile_of(p.d, p.e);
+  const int64_t blocks = slots * p.heads * p.d_tiles * p.e_tiles;
+  CHECK(blocks < (int64_t(1) << 31), "too many segments: ", blocks, " blocks");
+  const auto pass = like.scalar_type() == ScalarType::Half ? run_pass_float16 : run_pass_bfloat16;
+  if (blocks > 0) check_cuda(pass(p, tile, output, blocks, stream_of(like)));
+}
+
+void plan(const Tensor& cu_seqlens, int64_t tokens, int64_t segment_length, const Tensor& table) {
+  CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_contiguous() && cu_seqlens.is_cuda(),
+        "cu_seqlens: expected contiguous int32 on a GPU");
+  check_same(table, "table", ScalarType::Int, cu_seqlens);
+  const int64_t sequences = cu_seqlens.numel() - 1, slots = table.size(0) - 1;
+  CHECK(slots >= tokens / segment_length + sequences && table.is_contiguous() && table.size(1) == 4,
+        "table: expected room for every segment");
+  const torch::stable::accelerator::DeviceGuard guard(cu_seqlens.get_device_index());
+  check_cuda(run_plan(static_cast<const int*>(cu_seqlens.data_ptr()), sequences, tokens, segment_length,
+                      static_cast<Segment*>(table.data_ptr()), slots, stream_of(cu_seqlens)));
+}
+
+void states(const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
+            const std::optional<Tensor>& initial, const std::optional<Tensor>& table, const Tensor& carry, int64_t heads,
+            int64_t segment_length, bool reverse, int64_t norm) {
+  const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
+  PassParams p{};
+  const int64_t slots = fill(p, k, v, log_decay, initial, table, carry, heads, segment_length, reverse, norm);
+  CHECK(carry.is_contiguous(), "carry: expected contiguous");
+  run(p, k, false, slots);
+  check_cuda(run_scan(p, slots, stream_of(k)));
+}
+
+void output(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
+            const std::optional<Tensor>& initial, const std::optional<Tensor>& table, const std::optional<Tensor>& carry,
+            const Tensor& out, const std::optional<Tensor>& final, int64_t segment_length, bool reverse, int64_t norm) {
+  const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
+  PassParams p{};
+  const int64_t heads = out.size(out.dim() - 3);
+  const int64_t slots = fill(p, k, v, log_decay, initial, table, carry, heads, segment_length, reverse, norm);
+  check_same(q, "q", k.scalar_type(), k);
+  check_shape(q, "q", {p.batch, q.size(1), p.tokens, p.d});
+  p.q = tensor_map(q, "q", heads, &p.q_batch, &p.q_group);
+  if (out.scalar_type() == ScalarType::Float) {
+    check_same(out, "out", ScalarType::Float, k);
+    check_shape(out, "out", {p.d_tiles, p.batch, heads, p.tokens, p.e});
+    CHECK(out.is_contiguous(), "out: expected contiguous");
+    p.partial = static_cast<float*>(out.data_ptr());
+  } else {
+    check_same(out, "out", k.scalar_type(), k);
+    check_shape(out, "out", {p.batch, heads, p.tokens, p.e});
+    CHECK(p.d_tiles == 1, "out: expected parts in float32");
+    CHECK(out.stride(3) == 1 && out.stride(2) % 8 == 0 && out.stride(1) % 8 == 0 && out.stride(0) % 8 == 0,
+          "out: expected rows of whole 16 bytes");
+    p.out = out.data_ptr();
+    p.out_batch = out.stride(0), p.out_head = out.stride(1), p.out_token = out.stride(2);
+  }
+  if (final) p.final = state_of(*final, "final", k, heads, p.d, p.e, &p.final_strides);
+  run(p, k, true, slots);
+}
+
+void combine(const Tensor& partial, const std::optional<Tensor>& x, const Tensor& out) {
+  const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
+  check_same(partial, "partial", ScalarType::Float, out);
+  CHECK(partial.dim() == 5 && partial.is_contiguous() && out.is_contiguous(), "partial, out: expected contiguous");
+  CombineParams p{};
+  p.partial = static_cast<const float*>(partial.data_ptr());
+  p.parts = partial.size(0), p.batch = partial.size(1), p.heads = partial.size(2), p.tokens = partial.size(3);
+  p.width = partial.size(4), p.groups = out.size(1);
+  check_shape(out, "out", {p.batch, p.groups, p.tokens, p.width});
+  CHECK(p.width <= 1024 && p.heads % p.groups == 0, "partial: expected a width up to 1,024 and whole groups");
+  p.out = out.data_ptr();
+  if (x) {
+    check_same(*x, "x", out.scalar_type(), out);
+    check_shape(*x, "x", {p.batch, p.groups, p.tokens, p.width});
+    CHECK(x->stride(3) == 1, "x: expected the last dim contiguous");
+    p.x = x->data_ptr();
+    p.x_batch = x->stride(0), p.x_head = x->stride(1), p.x_token = x->stride(2);
+  }
+  check_cuda(run_combine(p, element_type(out, "out"), stream_of(out)));
+}
+
+void step(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay, const Tensor& state,
+          const Tensor& out) {
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  StepParams p{};
+  p.batch = q.size(0), p.heads = q.size(1), p.d = q.size(3), p.e = v.size(3);
+  const ElementType type = element_type(q, "q");
+  check_shape(q, "q", {p.batch, p.heads, 1, p.d});
+  check_shape(k, "k", {p.batch, k.size(1), 1, p.d});
+  check_shape(v, "v", {p.batch, v.size(1), 1, p.e});
+  check_same(k, "k", q.scalar_type(), q);
+  check_same(v, "v", q.scalar_type(), q);
+  CHECK(q.stride(3) == 1 && k.stride(3) == 1 && v.stride(3) == 1, "q, k, v: expected the last dim contiguous");
+  check_same(state, "state", ScalarType::Float, q);
+  check_shape(state, "state", {p.batch, p.heads, p.d, p.e});
+  check_same(out, "out", q.scalar_type(), q);
+  check_shape(out, "out", {p.batch, p.heads, 1, p.e});
+  CHECK(state.is_contiguous() && out.is_contiguous(), "state, out: expected contiguous");
+  p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr(), p.out = out.data_ptr();
+  p.q_batch = q.stride(0), p.q_head = q.stride(1);
+  p.k_batch = k.stride(0), p.k_head = k.stride(1), p.k_group = p.heads / k.size(1);
+  p.v_batch = v.stride(0), p.v_head = v.stride(1), p.v_group = p.heads / v.size(1);
+  p.log_decay = log_decay_of(log_decay, q, p.heads);
+  p.state = static_cast<float*>(state.data_ptr());
+  check_cuda(run_step(p, type, stream_of(q)));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(transnormer_kernels, m) {
+  m.def("plan(Tensor cu_seqlens, int tokens, int segment_length, Tensor(a!) table) -> ()");
+  m.def(
+      "states(Tensor k, Tensor v, Tensor? log_decay, Tensor? initial, Tensor? table, Tensor(a!) carry, int heads,"
+      " int segment_length, bool reverse, int norm) -> ()");
+  m.def(
+      "output(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial, Tensor? table, Tensor? carry,"
+      " Tensor(a!) out, Tensor(b!)? final, int segment_length, bool reverse, int norm) -> ()");
+  m.def("combine(Tensor partial, Tensor? x, Tensor(a!) out) -> ()");
+  m.def(
+      "step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, Tensor(b!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(transnormer_kernels, CUDA, m) {
+  m.impl("plan", TORCH_BOX(&plan));
+  m.impl("states", TORCH_BOX(&states));
+  m.impl("output", TORCH_BOX(&output));
+  m.impl("combine", TORCH_BOX(&combine));
+  m.impl("step", TORCH_BOX(&step));
+}

@@ -1,0 +1,44 @@
+// What a pass over the sequences is told: shared by the kernels and the binding.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda.h>
+
+// Strides, in elements, of a state S (sequences, H, D, E).
+struct StateStrides {
+  int64_t sequence, head, d, e;
+};
+
+// Which vectors are divided by their length: equations (5), (6) of README.md.
+enum class Norm : int { kNone = 0, kQueriesAndKeys = 1, kValues = 2 };
+
+// Where a piece of a sequence lies. Pieces of one sequence are neighbours in the list.
+struct Segment {
+  int sequence, start, length;
+  int ends;  // bit 0: begins its sequence, bit 1: ends it
+};
+
+struct PassParams {
+  CUtensorMap q, k, v;  // (B, heads, T, width)
+  int q_batch, k_batch, v_batch;  // 0: one row of the batch serves all
+  int q_group, k_group, v_group;  // query heads that share a head
+  void* out;  // (B, H, T, E) in the inputs' type
+  int64_t out_batch, out_head, out_token;
+  float* partial;  // or (tiles of D, B, H, T, E) in float32, to be added up
+  const float* log_decay;  // (H,) or null
+  const float* initial;  // null: zeros
+  StateStrides initial_strides;
+  float* final;  // may be null
+  StateStrides final_strides;
+  float* carry;  // (B × segments, H, D, E): the state after each segment
+  StateStrides carry_strides;
+  const Segment* table;  // of packed sequences, else null; one more entry says whether the bounds are good
+  int table_length;
+  int segments;  // of each row of the batch, were it one sequence
+  int segment_length;
+  int batch, heads, tokens, d, e;
+  int d_tiles, e_tiles;
+  int reverse;
+  Norm norm;
+};

@@ -1,0 +1,74 @@
+// Tiles of 2-byte elements in shared memory: panels of 64 columns, a row of a panel is 128 bytes, swizzled.
+//
+// A tile of R rows and 64 p columns is p panels, one after another, of R rows. The 16-byte piece c of row r lies where
+// c ^ (r % 8) would: rows are then read and columns are written without bank conflicts, and it is the layout that the
+// copy engine and the tensor cores call the 128-byte swizzle.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+constexpr int kPanel = 64;        // columns
+constexpr int kPanelRow = 128;    // bytes
+
+__device__ inline int piece_offset(int row, int piece) { return row * kPanelRow + ((piece ^ (row & 7)) << 4); }
+
+template <class Element>
+__device__ inline uint32_t pack(float low, float high) {
+  uint32_t packed;
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+template <class Element>
+__device__ inline float2 unpack(uint32_t packed) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>)
+    return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xFFFF0000u));
+  else
+    return __half22float2(*reinterpret_cast<const __half2*>(&packed));
+}
+
+// Whether either half is infinite or NaN.
+template <class Element>
+__device__ inline bool any_nonfinite(uint32_t packed) {
+  constexpr uint32_t kExponent = std::is_same_v<Element, __nv_bfloat16> ? 0x7F80u : 0x7C00u;
+  return (packed & kExponent) == kExponent || (packed >> 16 & kExponent) == kExponent;
+}
+
+// Four 8 × 8 blocks, read transposed: lane l names the row l % 8 of block l / 8.
+__device__ inline void load_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// The reverse.
+__device__ inline void store_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+}
+
+__device__ inline void store_word(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+__device__ inline void store_piece(uint32_t address, uint4 value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+__device__ inline uint4 load_piece(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
