@@ -111,18 +111,35 @@ float* state_of(const Tensor& x, const char* name, const Tensor& like, int64_t h
   return static_cast<float*>(x.data_ptr());
 }
 
+// The same for the kernels that read memory by themselves.
+View view_of(const Tensor& x, const char* name, int64_t query_heads, int* group) {
+  CHECK(x.dim() == 4 && x.stride(3) == 1, name, ": expected 4 dims, the last one contiguous");
+  CHECK(query_heads % x.size(1) == 0, name, ": expected heads that divide ", query_heads, ", got ", x.size(1));
+  *group = query_heads / x.size(1);
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Tile tile_of(const Tensor& k, const Tensor& v) {
+  return k.scalar_type() == ScalarType::Float ? kFloat32Tile : ::tile_of(k.size(3), v.size(3));
+}
+
 // What passes with and without output share. Returns the number of segments.
 int64_t fill(PassParams& p, const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
              const std::optional<Tensor>& initial, const std::optional<Tensor>& table, const std::optional<Tensor>& carry,
-             int64_t heads, int64_t segment_length, bool reverse, int64_t norm) {
-  CHECK(k.scalar_type() == ScalarType::BFloat16 || k.scalar_type() == ScalarType::Half,
-        "k: expected bfloat16 or float16");
+             int64_t heads, int64_t segment_length, bool reverse, int64_t norm, Tile tile) {
+  element_type(k, "k");
   check_same(v, "v", k.scalar_type(), k);
   CHECK(segment_length > 0 && segment_length % 64 == 0, "segment_length: expected a multiple of 64, got ", segment_length);
   p.batch = k.size(0), p.heads = heads, p.tokens = k.size(2), p.d = k.size(3), p.e = v.size(3);
   check_shape(v, "v", {p.batch, v.size(1), p.tokens, p.e});
-  p.k = tensor_map(k, "k", heads, &p.k_batch, &p.k_group);
-  p.v = tensor_map(v, "v", heads, &p.v_batch, &p.v_group);
+  if (tile.d == kFloat32Tile.d && tile.e == kFloat32Tile.e) {
+    p.k_view = view_of(k, "k", heads, &p.k_group);
+    p.v_view = view_of(v, "v", heads, &p.v_group);
+    CHECK(norm == 0, "norm: expected none");
+  } else {
+    p.k = tensor_map(k, "k", heads, &p.k_batch, &p.k_group);
+    p.v = tensor_map(v, "v", heads, &p.v_batch, &p.v_group);
+  }
   p.log_decay = log_decay_of(log_decay, k, heads);
   p.segment_length = segment_length;
   p.segments = (p.tokens + segment_length - 1) / segment_length;
@@ -145,7 +162,6 @@ int64_t fill(PassParams& p, const Tensor& k, const Tensor& v, const std::optiona
   }
   p.reverse = reverse;
   p.norm = Norm(norm);
-  const Tile tile = tile_of(p.d, p.e);
   p.d_tiles = (p.d + tile.d - 1) / tile.d;
   p.e_tiles = (p.e + tile.e - 1) / tile.e;
   CHECK(p.norm == Norm::kNone || (norm == int64_t(Norm::kValues) ? p.e_tiles : p.d_tiles) == 1,
@@ -153,12 +169,19 @@ int64_t fill(PassParams& p, const Tensor& k, const Tensor& v, const std::optiona
   return slots;
 }
 
-void run(const PassParams& p, const Tensor& like, bool output, int64_t slots) {
-  const Tile tile = tile_of(p.d, p.e);
+void run(const PassParams& p, const Tensor& like, Tile tile, bool output, bool exact, int64_t slots) {
   const int64_t blocks = slots * p.heads * p.d_tiles * p.e_tiles;
   CHECK(blocks < (int64_t(1) << 31), "too many segments: ", blocks, " blocks");
-  const auto pass = like.scalar_type() == ScalarType::Half ? run_pass_float16 : run_pass_bfloat16;
-  if (blocks > 0) check_cuda(pass(p, tile, output, blocks, stream_of(like)));
+  if (blocks == 0) return;
+  const cudaStream_t stream = stream_of(like);
+  switch (element_type(like, "k")) {
+    case ElementType::kFloat32:
+      return check_cuda(run_pass_float32(p, output, exact, blocks, stream));
+    case ElementType::kBfloat16:
+      return check_cuda(run_pass_bfloat16(p, tile, output, blocks, stream));
+    case ElementType::kFloat16:
+      return check_cuda(run_pass_float16(p, tile, output, blocks, stream));
+  }
 }
 
 void plan(const Tensor& cu_seqlens, int64_t tokens, int64_t segment_length, const Tensor& table) {
@@ -175,26 +198,32 @@ void plan(const Tensor& cu_seqlens, int64_t tokens, int64_t segment_length, cons
 
 void states(const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
             const std::optional<Tensor>& initial, const std::optional<Tensor>& table, const Tensor& carry, int64_t heads,
-            int64_t segment_length, bool reverse, int64_t norm) {
+            int64_t segment_length, bool reverse, int64_t norm, bool exact) {
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
+  const Tile tile = tile_of(k, v);
   PassParams p{};
-  const int64_t slots = fill(p, k, v, log_decay, initial, table, carry, heads, segment_length, reverse, norm);
+  const int64_t slots = fill(p, k, v, log_decay, initial, table, carry, heads, segment_length, reverse, norm, tile);
   CHECK(carry.is_contiguous(), "carry: expected contiguous");
-  run(p, k, false, slots);
+  run(p, k, tile, false, exact, slots);
   check_cuda(run_scan(p, slots, stream_of(k)));
 }
 
 void output(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
             const std::optional<Tensor>& initial, const std::optional<Tensor>& table, const std::optional<Tensor>& carry,
-            const Tensor& out, const std::optional<Tensor>& final, int64_t segment_length, bool reverse, int64_t norm) {
+            const Tensor& out, const std::optional<Tensor>& final, int64_t segment_length, bool reverse, int64_t norm,
+            bool exact) {
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
+  const Tile tile = tile_of(k, v);
   PassParams p{};
   const int64_t heads = out.size(out.dim() - 3);
-  const int64_t slots = fill(p, k, v, log_decay, initial, table, carry, heads, segment_length, reverse, norm);
+  const int64_t slots = fill(p, k, v, log_decay, initial, table, carry, heads, segment_length, reverse, norm, tile);
   check_same(q, "q", k.scalar_type(), k);
   check_shape(q, "q", {p.batch, q.size(1), p.tokens, p.d});
-  p.q = tensor_map(q, "q", heads, &p.q_batch, &p.q_group);
-  if (out.scalar_type() == ScalarType::Float) {
+  if (k.scalar_type() == ScalarType::Float)
+    p.q_view = view_of(q, "q", heads, &p.q_group);
+  else
+    p.q = tensor_map(q, "q", heads, &p.q_batch, &p.q_group);
+  if (out.dim() == 5) {
     check_same(out, "out", ScalarType::Float, k);
     check_shape(out, "out", {p.d_tiles, p.batch, heads, p.tokens, p.e});
     CHECK(out.is_contiguous(), "out: expected contiguous");
@@ -203,13 +232,37 @@ void output(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
     check_same(out, "out", k.scalar_type(), k);
     check_shape(out, "out", {p.batch, heads, p.tokens, p.e});
     CHECK(p.d_tiles == 1, "out: expected parts in float32");
-    CHECK(out.stride(3) == 1 && out.stride(2) % 8 == 0 && out.stride(1) % 8 == 0 && out.stride(0) % 8 == 0,
+    CHECK(out.stride(3) == 1 && (k.scalar_type() == ScalarType::Float ||
+                                 (out.stride(2) % 8 == 0 && out.stride(1) % 8 == 0 && out.stride(0) % 8 == 0)),
           "out: expected rows of whole 16 bytes");
     p.out = out.data_ptr();
     p.out_batch = out.stride(0), p.out_head = out.stride(1), p.out_token = out.stride(2);
   }
   if (final) p.final = state_of(*final, "final", k, heads, p.d, p.e, &p.final_strides);
-  run(p, k, true, slots);
+  run(p, k, tile, true, exact, slots);
+}
+
+void decay_gradient(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay,
+                    const std::optional<Tensor>& initial, const std::optional<Tensor>& table, const Tensor& grad_o,
+                    const Tensor& grad_state, const Tensor& parts, bool exact) {
+  const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
+  const int64_t heads = q.size(1), length = (q.size(2) + 63) / 64 * 64;
+  PassParams p{};
+  const int64_t slots = fill(p, k, v, log_decay, initial, table, {}, heads, length, false, 0, kFloat32Tile);
+  check_same(q, "q", k.scalar_type(), k);
+  check_shape(q, "q", {p.batch, heads, p.tokens, p.d});
+  p.q_view = view_of(q, "q", heads, &p.q_group);
+  check_same(grad_o, "grad_o", k.scalar_type(), k);
+  check_shape(grad_o, "grad_o", {p.batch, heads, p.tokens, p.e});
+  int group;
+  p.grad_view = view_of(grad_o, "grad_o", heads, &group);
+  p.final_grad = state_of(grad_state, "grad_state", k, heads, p.d, p.e, &p.final_strides);
+  const int64_t tiles = int64_t(p.d_tiles) * p.e_tiles;
+  check_same(parts, "parts", ScalarType::Float, k);
+  check_shape(parts, "parts", {slots, heads, tiles});
+  CHECK(parts.is_contiguous(), "parts: expected contiguous");
+  p.partial = static_cast<float*>(parts.data_ptr());
+  check_cuda(run_decay_gradient(p, element_type(k, "k"), exact, slots * heads * tiles, stream_of(k)));
 }
 
 void combine(const Tensor& partial, const std::optional<Tensor>& x, const Tensor& out) {
@@ -265,10 +318,14 @@ STABLE_TORCH_LIBRARY(transnormer_kernels, m) {
   m.def("plan(Tensor cu_seqlens, int tokens, int segment_length, Tensor(a!) table) -> ()");
   m.def(
       "states(Tensor k, Tensor v, Tensor? log_decay, Tensor? initial, Tensor? table, Tensor(a!) carry, int heads,"
-      " int segment_length, bool reverse, int norm) -> ()");
+      " int segment_length, bool reverse, int norm, bool exact) -> ()");
   m.def(
       "output(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial, Tensor? table, Tensor? carry,"
-      " Tensor(a!) out, Tensor(b!)? final, int segment_length, bool reverse, int norm) -> ()");
+      " Tensor(a!) out, Tensor(b!)? final, int segment_length, bool reverse, int norm, bool exact)"
+      " -> ()");
+  m.def(
+      "decay_gradient(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? initial, Tensor? table, Tensor grad_o,"
+      " Tensor grad_state, Tensor(a!) parts, bool exact) -> ()");
   m.def("combine(Tensor partial, Tensor? x, Tensor(a!) out) -> ()");
   m.def(
       "step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, Tensor(b!) out) -> ()");
@@ -278,6 +335,7 @@ STABLE_TORCH_LIBRARY_IMPL(transnormer_kernels, CUDA, m) {
   m.impl("plan", TORCH_BOX(&plan));
   m.impl("states", TORCH_BOX(&states));
   m.impl("output", TORCH_BOX(&output));
+  m.impl("decay_gradient", TORCH_BOX(&decay_gradient));
   m.impl("combine", TORCH_BOX(&combine));
   m.impl("step", TORCH_BOX(&step));
 }

@@ -3,9 +3,7 @@
 
 #include <cstdint>
 
-#include <cuda_runtime.h>
-
-enum class ElementType { kFloat32, kBfloat16, kFloat16 };
+#include "params.h"
 
 struct CombineParams {
   const float* partial;  // (parts, B, H, T, width)

@@ -4,10 +4,19 @@
 #include <cstdint>
 
 #include <cuda.h>
+#include <cuda_runtime.h>
+
+enum class ElementType { kFloat32, kBfloat16, kFloat16 };
 
 // Strides, in elements, of a state S (sequences, H, D, E).
 struct StateStrides {
   int64_t sequence, head, d, e;
+};
+
+// A tensor (B, heads, T, width) of any strides, last dim contiguous; in elements.
+struct View {
+  const void* data;
+  int64_t batch, head, token;
 };
 
 // Which vectors are divided by their length: equations (5), (6) of README.md.
@@ -20,7 +29,8 @@ struct Segment {
 };
 
 struct PassParams {
-  CUtensorMap q, k, v;  // (B, heads, T, width)
+  CUtensorMap q, k, v;  // (B, heads, T, width), of 2-byte types
+  View q_view, k_view, v_view;  // the same tensors, where the copy engine is not used
   int q_batch, k_batch, v_batch;  // 0: one row of the batch serves all
   int q_group, k_group, v_group;  // query heads that share a head
   void* out;  // (B, H, T, E) in the inputs' type
@@ -30,7 +40,9 @@ struct PassParams {
   const float* initial;  // null: zeros
   StateStrides initial_strides;
   float* final;  // may be null
-  StateStrides final_strides;
+  StateStrides final_strides;  // also of final_grad
+  View grad_view;  // gradients of the output and the final state, for that of the decay
+  const float* final_grad;
   float* carry;  // (B × segments, H, D, E): the state after each segment
   StateStrides carry_strides;
   const Segment* table;  // of packed sequences, else null; one more entry says whether the bounds are good

@@ -3,9 +3,7 @@
 
 #include <cstdint>
 
-#include <cuda_runtime.h>
-
-#include "combine.h"
+#include "params.h"
 
 struct StepParams {
   const void *q, *k, *v;  // (B, heads, width), last dim contiguous

@@ -24,9 +24,17 @@ inline Tile tile_of(int d, int e) {
   return d <= 128 ? Tile{128, 128} : Tile{256, 128};
 }
 
-// Runs a pass; without `output` it only makes states.
+// The tile of the kernels for float32 and for the gradient of the decay.
+constexpr Tile kFloat32Tile = {128, 64};
+
+// Run a pass; without `output` it only makes states.
 cudaError_t run_pass_bfloat16(const PassParams& p, Tile tile, bool output, int64_t blocks, cudaStream_t stream);
 cudaError_t run_pass_float16(const PassParams& p, Tile tile, bool output, int64_t blocks, cudaStream_t stream);
+// `exact`: as precise as float32, else tf32.
+cudaError_t run_pass_float32(const PassParams& p, bool output, bool exact, int64_t blocks, cudaStream_t stream);
+
+// Sum of do ⊙ ∂o / ∂log λ and dS ⊙ ∂S / ∂log λ, one number a block, to p.partial.
+cudaError_t run_decay_gradient(const PassParams& p, ElementType type, bool exact, int64_t blocks, cudaStream_t stream);
 
 // Adds to each segment's state what came before its segment.
 cudaError_t run_scan(const PassParams& p, int64_t slots, cudaStream_t stream);

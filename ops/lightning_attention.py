@@ -9,6 +9,7 @@ from .chunkwise import backward as chunkwise_backward
 from .chunkwise import forward as chunkwise_forward
 from .decay import step_factors
 from .lightning_cuda import backward as cuda_backward
+from .lightning_cuda import decay_gradient as cuda_decay_gradient
 from .lightning_cuda import forward as cuda_forward
 from .lightning_cuda import step as cuda_step
 from .lightning_cuda import unavailable_reason
@@ -158,10 +159,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments = grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm
     with no_autocast(q):
-        if not kernels or decay_grad or not _has_elements(q, v):
+        if not kernels or not _has_elements(q, v):
             return chunkwise_backward(*arguments, decay_grad)
         dq, dk, dv, grad_initial = cuda_backward(*arguments)
-        return dq, dk, dv, grad_initial.new_zeros(q.shape[1]), grad_initial
+        grad_decay = grad_initial.new_zeros(q.shape[1])
+        if decay_grad and log_decay is not None:
+            grad_decay = cuda_decay_gradient(grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
+        return dq, dk, dv, grad_decay, grad_initial
 
 
 def _has_elements(q: Tensor, v: Tensor) -> bool:

@@ -37,8 +37,8 @@ def unavailable_reason(q: Tensor, v: Tensor) -> str | None:
     """Why the kernels can't take a call with these q and v, or None."""
     if not q.is_cuda:
         return f"q is on {q.device}, the kernels run on a CUDA GPU"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"q is {str(q.dtype)[6:]}, the kernels take bfloat16 and float16"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"q is {str(q.dtype)[6:]}, the kernels take float32, bfloat16 and float16"
     if max(q.shape[3], v.shape[3]) > MAX_WIDTH:
         return f"a head is {max(q.shape[3], v.shape[3])} wide, the kernels take up to {MAX_WIDTH}"
     return library_unavailable_reason(q.device.index)
@@ -68,11 +68,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """o (B, H, T, E) in v's type and the final state (sequences, H, D, E); see `lightning_attention`."""
     widths = q.shape[3], v.shape[3]
-    if qk_norm and q.shape[3] > 256:  # wider than a tile: no block sees a whole vector
+    if qk_norm and not _norm_in_kernel(q, q.shape[3]):
         q, k, qk_norm = unit_length(q), unit_length(k), False
     q, k, v = (_for_kernel(x) for x in (q, k, v))
     initial_state = _padded_state(initial_state, q, v)
-    segments = _segments(q.shape, v.shape[3], cu_seqlens, q.device)
+    segments = _segments(q, v, cu_seqlens)
     sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     final = q.new_empty((sequences, q.shape[1], q.shape[3], v.shape[3]), dtype=torch.float32)
     norm = NORM_QUERIES_AND_KEYS if qk_norm else NO_NORM
@@ -94,8 +94,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the initial state."""
     d, e, wide_q, wide_k = q.shape[3], v.shape[3], q, k
-    wide_norm = qk_norm and max(d, e) > 128
-    if wide_norm:
+    norm_outside = qk_norm and not _norm_in_kernel(q, 2 * d)
+    if norm_outside:
         q, k, qk_norm = unit_length(q), unit_length(k), False
     do, q, k, v = (_for_kernel(x) for x in (grad_o, q, k, v))
     initial_state = _padded_state(initial_state, q, v)
@@ -104,13 +104,13 @@ def backward(
     grad_initial = torch.empty_like(grad_state, memory_format=torch.contiguous_format)
     of_values, of_both = (NORM_VALUES, NORM_QUERIES_AND_KEYS) if qk_norm else (NO_NORM, NO_NORM)
 
-    segments = _segments(do.shape, k.shape[3], cu_seqlens, q.device)
+    segments = _segments(do, k, cu_seqlens)
     start = None if initial_state is None else initial_state.mT
     carry = _carry(v, k, heads, log_decay, start, segments, norm=of_values)
     through = q if qk_norm else None
     dq = _attend(do, v, k, heads, log_decay, start, carry, segments, norm=of_values, through=through)
 
-    segments = _segments(q.shape, do.shape[3], cu_seqlens, q.device)
+    segments = _segments(q, do, cu_seqlens)
     carry = _carry(q, do, heads, log_decay, grad_state, segments, norm=of_both, reverse=True)
     dv = _attend(
         k, q, do, heads, log_decay, grad_state, carry, segments,
@@ -124,9 +124,34 @@ def backward(
     )  # fmt: skip
 
     dq, dk, dv = (x[..., :width] for x, width in ((dq, d), (dk, d), (dv, e)))
-    if wide_norm:
+    if norm_outside:
         dq, dk = (unit_length_backward(dx.float(), x).to(x.dtype) for dx, x in ((dq, wide_q), (dk, wide_k)))
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), grad_initial[..., :d, :e].contiguous()
+
+
+def decay_gradient(
+    grad_o: Tensor,
+    grad_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    qk_norm: bool,
+) -> Tensor:
+    """Gradient of log_decay, (H,): one more pass, whose output is the derivative of o by log λ."""
+    if qk_norm:
+        q, k = unit_length(q), unit_length(k)
+    q, k, v, grad_o = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, grad_o))
+    segments = _cut(q, -(-q.shape[2] // CHUNK) * CHUNK, cu_seqlens)
+    slots = q.shape[0] if segments.table is None else len(segments.table) - 1
+    tiles = -(-q.shape[3] // 128) * -(-v.shape[3] // 64)
+    parts = q.new_zeros((slots, q.shape[1], tiles), dtype=torch.float32)
+    torch.ops.transnormer_kernels.decay_gradient(
+        q, k, v, log_decay, initial_state, segments.table, grad_o, grad_state, parts, _exact()
+    )
+    return parts.sum((0, 2))
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
@@ -156,14 +181,14 @@ def _attend(
     """One pass: (B, groups, T, E), summed over the heads of a group, and taken through the unit length of `through`."""
     groups = groups or heads
     batch, tokens, width = q.shape[0], q.shape[2], v.shape[3]
-    parts = -(-k.shape[3] // 256)
+    parts = -(-k.shape[3] // (128 if k.dtype == torch.float32 else 256))
     o = v.new_empty((batch, groups, tokens, width))
     if parts == 1 and groups == heads and through is None:
         out = o
     else:
         out = v.new_empty((parts, batch, heads, tokens, width), dtype=torch.float32)
     torch.ops.transnormer_kernels.output(
-        q, k, v, log_decay, initial, segments.table, carry, out, final, segments.length, reverse, norm
+        q, k, v, log_decay, initial, segments.table, carry, out, final, segments.length, reverse, norm, _exact()
     )
     if out is not o:
         torch.ops.transnormer_kernels.combine(out, through, o)
@@ -186,25 +211,30 @@ def _carry(
         return None
     carry = k.new_empty((k.shape[0] * segments.number, heads, k.shape[3], v.shape[3]), dtype=torch.float32)
     torch.ops.transnormer_kernels.states(
-        k, v, log_decay, initial, segments.table, carry, heads, segments.length, reverse, norm
+        k, v, log_decay, initial, segments.table, carry, heads, segments.length, reverse, norm, _exact()
     )
     return carry
 
 
-def _segments(shape: torch.Size, width: int, cu_seqlens: Tensor | None, device: torch.device) -> Segments:
-    """Cut sequences of q (B, H, T, D) and v (…, width)."""
-    batch, heads, tokens, d = shape
-    tiles = 1 if d <= 128 else -(-d // 256)
-    tiles *= -(-width // 128)
-    resident = 2 if max(d, width) <= 64 else 1
-    slots = torch.cuda.get_device_properties(device).multi_processor_count * resident
-    length = _segment_length(batch * heads * tiles, tokens, slots)
-    count = -(-tokens // length)
+def _segments(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Segments:
+    """Cut the sequences of a pass so that its blocks fill the GPU."""
+    batch, heads, tokens, d = q.shape
+    e = v.shape[3]
+    if q.dtype == torch.float32:
+        tiles, resident = -(-d // 128) * -(-e // 64), 2
+    else:
+        tiles, resident = (1 if d <= 128 else -(-d // 256)) * -(-e // 128), 2 if max(d, e) <= 64 else 1
+    slots = torch.cuda.get_device_properties(q.device).multi_processor_count * resident
+    return _cut(q, _segment_length(batch * heads * tiles, tokens, slots), cu_seqlens)
+
+
+def _cut(q: Tensor, length: int, cu_seqlens: Tensor | None) -> Segments:
+    number = -(-q.shape[2] // length)
     if cu_seqlens is None:
-        return Segments(length, count, None)
-    table = torch.empty((count + len(cu_seqlens), 4), dtype=torch.int32, device=device)
-    torch.ops.transnormer_kernels.plan(cu_seqlens.contiguous(), tokens, length, table)
-    return Segments(length, count, table)
+        return Segments(length, number, None)
+    table = torch.empty((number + len(cu_seqlens), 4), dtype=torch.int32, device=q.device)
+    torch.ops.transnormer_kernels.plan(cu_seqlens.contiguous(), q.shape[2], length, table)
+    return Segments(length, number, table)
 
 
 @functools.cache
@@ -221,8 +251,20 @@ def _segment_length(pairs: int, tokens: int, slots: int) -> int:
     return -(-tokens // (best * CHUNK)) * CHUNK
 
 
+def _norm_in_kernel(x: Tensor, width: int) -> bool:
+    """Whether a block sees whole vectors: it divides them by their length by itself then."""
+    return x.dtype != torch.float32 and width <= 256
+
+
+def _exact() -> bool:
+    """Whether products of float32 are to be as exact as it is, or may be tf32."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
 def _for_kernel(x: Tensor) -> Tensor:
     """x as the copy engine takes it: rows adjacent, of whole 16 bytes, 16-byte aligned; else a copy of it."""
+    if x.dtype == torch.float32:
+        return x if x.stride(3) == 1 else x.contiguous()
     if x.shape[3] % 8:
         x = F.pad(x, (0, -x.shape[3] % 8))
     whole = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and x.stride(2) != 0
