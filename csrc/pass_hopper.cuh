@@ -32,8 +32,8 @@ struct Variant {
   static constexpr int kStageBytes = (kQPanels + kKPanels + kVPanels) * kPanelBytes;
   static constexpr int kStages = kD == 256 && kOutput ? 2 : 3;
   static constexpr int kScoreColumns = kChunk / kConsumers;  // of each warpgroup
-  static constexpr int kProducerRegisters = kNorm ? 56 : 40;
-  static constexpr int kConsumerRegisters = kConsumers == 1 ? (kNorm ? 200 : 216) : (kNorm ? 224 : 232);
+  static constexpr int kProducerRegisters = kNorm ? 40 : 24;
+  static constexpr int kConsumerRegisters = kConsumers == 1 ? 248 - kProducerRegisters : 252 - kProducerRegisters / 2;
 };
 
 template <class V>
@@ -42,6 +42,8 @@ struct alignas(1024) SharedStorage {
   uint8_t scores[V::kOutput ? 2 : 0][kPanelBytes];
   uint8_t out[V::kOutput ? V::kVPanels : 0][kPanelBytes];
   float powers[kChunk + 1];
+  float weights[2 * kChunk];  // λ^|i-j| at i - j + kChunk, or -1 where masked
+  uint64_t nonfinite[V::kE];  // tokens of the chunk, of each column of v
   float row_scale[V::kStages][kChunk], column_scale[V::kStages][kChunk];
   Barrier full[V::kStages], scaled[V::kStages], empty[V::kStages];
 };
@@ -74,7 +76,7 @@ __device__ float inverse_length(uint8_t* tile, int row) {
   constexpr float kMinLength = 1e-6f;  // shorter vectors are divided by it, as in ops/numerics.py
   const uint32_t base = shared_address(tile);
   float squares = 0.f, largest = 0.f;
-#pragma unroll 4
+#pragma unroll 2
   for (int piece = 0; piece < kPanels * 8; ++piece) {
     const uint4 x = load_piece(base + piece / 8 * kPanelBytes + piece_offset(row, piece % 8));
     for (uint32_t word : {x.x, x.y, x.z, x.w}) {
@@ -161,31 +163,22 @@ struct State {
   }
 };
 
-// Everything about the token pairs and tokens of a chunk that is the same in every chunk.
+// What a thread of a warpgroup does with its part of a chunk.
 template <class V>
 struct Consumer {
   using Element = typename V::Element;
   const PassParams& p;
   SharedStorage<V>& shared;
   const int group, thread, warp, row, pair;  // row, pair: of this thread in an 8 × 8 block of accumulators
-  float weight[V::kScoreColumns / 2];  // λ^|i-j|, or -1 where masked
 
-  __device__ Consumer(const PassParams& p, SharedStorage<V>& shared, float log2_lambda)
+  __device__ Consumer(const PassParams& p, SharedStorage<V>& shared)
       : p(p),
         shared(shared),
         group(threadIdx.x / kWarpgroup),
         thread(threadIdx.x % kWarpgroup),
         warp(thread / 32),
         row(thread % 32 / 4),
-        pair(2 * (thread % 4)) {
-    if constexpr (V::kOutput) {
-#pragma unroll
-      for (int n = 0; n < V::kScoreColumns / 2; ++n) {
-        const int i = query(n), j = key(n), distance = p.reverse ? j - i : i - j;
-        weight[n] = distance < 0 ? -1.f : power(log2_lambda, distance);
-      }
-    }
-  }
+        pair(2 * (thread % 4)) {}
   // Token of score n of this thread.
   __device__ int query(int n) const { return warp * 16 + row + n / 2 % 2 * 8; }
   __device__ int key(int n) const { return group * V::kScoreColumns + n / 4 * 8 + pair + n % 2; }
@@ -199,14 +192,15 @@ struct Consumer {
 #pragma unroll
     for (int x = 0; x < V::kScoreColumns / 2; x += 2) {
       const int i = query(x), j = key(x);
-      float a = scores[x] * weight[x], b = scores[x + 1] * weight[x + 1];
+      const float* weight = &shared.weights[kChunk + i - j];
+      float a = scores[x] * weight[0], b = scores[x + 1] * weight[-1];
       if constexpr (V::kNorm) {
         const float of_row = shared.row_scale[stage][i];
         a *= of_row * shared.column_scale[stage][j];
         b *= of_row * shared.column_scale[stage][j + 1];
       }
-      if (weight[x] < 0.f || j >= n) a = 0.f;  // chosen, not multiplied: 0 · NaN is NaN
-      if (weight[x + 1] < 0.f || j + 1 >= n) b = 0.f;
+      if (weight[0] < 0.f || j >= n) a = 0.f;  // chosen, not multiplied: 0 · NaN is NaN
+      if (weight[-1] < 0.f || j + 1 >= n) b = 0.f;
       store_word(base + piece_offset(i, j / 8) + j % 8 * 2, pack<Element>(a, b));
     }
   }
@@ -242,13 +236,10 @@ struct Consumer {
     }
   }
 
-  // Which tokens hold a value that is not finite, for the two columns of v of this thread's rows; clears those values.
-  __device__ bool take_out_nonfinite(uint32_t (&v)[4][4], uint64_t (&tokens)[2]) {
-    bool any = false;
-#pragma unroll
-    for (int x = 0; x < 16; ++x) any |= any_nonfinite<Element>(v[x / 4][x % 4]);
-    if (!__any_sync(~0u, any)) return false;
-    tokens[0] = tokens[1] = 0;
+  // Clears values that are not finite, and notes of which tokens they were; false if there are none.
+  __device__ bool take_out_nonfinite(uint32_t (&v)[4][4]) {
+    if (!__any_sync(~0u, nonfinite_among<Element>(v))) return false;
+    uint64_t tokens[2] = {0, 0};  // for the two columns of v that are this thread's rows
 #pragma unroll
     for (int x = 0; x < 16; ++x) {
       uint32_t& word = v[x / 4][x % 4];
@@ -260,15 +251,17 @@ struct Consumer {
       seen |= __shfl_xor_sync(~0u, seen, 1);
       seen |= __shfl_xor_sync(~0u, seen, 2);
     }
+    for (int half = 0; half < 2; ++half) shared.nonfinite[group * kPanel + warp * 16 + row + half * 8] = tokens[half];
+    __syncwarp();
     return true;
   }
 
   // NaN in o from the first token on that brought a value that is not finite.
-  __device__ void put_back_nonfinite(float (&o)[32], const uint64_t (&tokens)[2]) {
+  __device__ void put_back_nonfinite(float (&o)[32]) {
 #pragma unroll
     for (int x = 0; x < 32; ++x) {
       const int i = x / 4 * 8 + pair + x % 2;
-      const uint64_t seen = tokens[x / 2 % 2];
+      const uint64_t seen = shared.nonfinite[group * kPanel + warp * 16 + row + x / 2 % 2 * 8];
       if (p.reverse ? seen >> i : seen << (63 - i)) o[x] = CUDART_NAN_F;
     }
   }
@@ -311,11 +304,11 @@ struct Consumer {
 };
 
 template <class V>
-__device__ void consume(const PassParams& p, SharedStorage<V>& shared, const Work& work, int head, int d_tile, int e_tile,
-                        float log2_lambda) {
+__device__ void consume(const PassParams& p, SharedStorage<V>& shared, const Work& work, int head, int d_tile, int e_tile) {
   using Element = typename V::Element;
+  constexpr bool kOneCopy = V::kD == 256;  // no registers for the values and the scaled values at a time
   constexpr int kSteps = V::kD / 16, kBatch = V::kD == 256 ? 4 : kSteps;  // products that read the state, at a time
-  Consumer<V> me(p, shared, log2_lambda);
+  Consumer<V> me(p, shared);
   const int e = e_tile * V::kE + me.group * kPanel;
   State<V::kD> state(d_tile, e);
   state.zero();
@@ -325,6 +318,36 @@ __device__ void consume(const PassParams& p, SharedStorage<V>& shared, const Wor
     state.load(p, p.carry, p.carry_strides, p.reverse ? work.carry + 1 : work.carry - 1, head);
   }
   const int chunks = (work.length + kChunk - 1) / kChunk;
+  float scores[V::kScoreColumns / 2];
+  // Starts on the scores of a chunk, in the background.
+  const auto score = [&](int step) {
+    const int stage = step % V::kStages;
+    const uint32_t q = shared_address(shared.stages[stage]), k = q + V::kQPanels * kPanelBytes;
+    shared.full[stage].wait((step / V::kStages) & 1);
+    wgmma_fence();
+#pragma unroll
+    for (int x = 0; x < kSteps; ++x) {
+      const int at = x / 4 * kPanelBytes + x % 4 * 32;
+      wgmma<Element, V::kScoreColumns>(scores, descriptor(q + at),
+                                       descriptor(k + at + me.group * V::kScoreColumns * kPanelRow), x > 0);
+    }
+    wgmma_commit();
+  };
+  uint32_t left[kBatch][4];
+  // Rounds part of the state to left operands.
+  const auto round_state = [&](int batch) {
+#pragma unroll
+    for (int x = 0; x < kBatch * 4; ++x) {
+      const int at = batch * kBatch * 8 + x * 2;
+      left[x / 4][x % 4] = pack<Element>(state.s[at], state.s[at + 1]);
+    }
+  };
+  if (V::kOutput && chunks > 0) {
+    round_state(0);
+    score(0);
+    wgmma_wait<0>();
+    wgmma_hold(scores);
+  }
   for (int step = 0; step < chunks; ++step) {
     const int stage = step % V::kStages, chunk = p.reverse ? chunks - 1 - step : step;
     const int n = min(kChunk, work.length - chunk * kChunk);
@@ -332,36 +355,18 @@ __device__ void consume(const PassParams& p, SharedStorage<V>& shared, const Wor
     uint8_t* k = q + V::kQPanels * kPanelBytes;
     uint8_t* v = k + V::kKPanels * kPanelBytes;
     const uint32_t q_address = shared_address(q), k_address = shared_address(k);
-    shared.full[stage].wait((step / V::kStages) & 1);
-    if constexpr (V::kNorm) shared.scaled[stage].wait((step / V::kStages) & 1);
-
+    const float carried = shared.powers[n];
     uint32_t values[4][4], scaled[4][4];
-    uint64_t nonfinite[2];
     bool any_nonfinite = false;
     float o[32];
     uint8_t* masked = nullptr;
     if constexpr (V::kOutput) {
       masked = shared.scores[step % 2];
-      float scores[V::kScoreColumns / 2];
-      uint32_t left[kBatch][4];
+      if constexpr (V::kNorm) shared.scaled[stage].wait((step / V::kStages) & 1);
 #pragma unroll
       for (int batch = 0; batch < kSteps / kBatch; ++batch) {
-#pragma unroll
-        for (int x = 0; x < kBatch * 4; ++x) {
-          const int at = batch * kBatch * 8 + x * 2;
-          left[x / 4][x % 4] = pack<Element>(state.s[at], state.s[at + 1]);
-        }
+        if (batch > 0) round_state(batch);
         wgmma_fence();
-        if (batch == 0) {
-#pragma unroll
-          for (int x = 0; x < kSteps; ++x) {
-            const int at = x / 4 * kPanelBytes + x % 4 * 32;
-            wgmma<Element, V::kScoreColumns>(
-                scores, descriptor(q_address + at),
-                descriptor(k_address + at + me.group * V::kScoreColumns * kPanelRow), x > 0);
-          }
-          wgmma_commit();
-        }
 #pragma unroll
         for (int x = 0; x < kBatch; ++x) {
           const int at = batch * kBatch + x;
@@ -369,14 +374,20 @@ __device__ void consume(const PassParams& p, SharedStorage<V>& shared, const Wor
         }
         wgmma_commit();
         if (batch == 0) {
-          wgmma_wait<1>();
-          wgmma_hold(scores);
+          // While these products run, what the next ones need is made.
           me.mask_scores(scores, masked, stage, n);
           me.load_values(values, v + me.group * kPanelBytes, n);
+          if (!kOneCopy) me.scale_values(scaled, values, stage, n);
+          any_nonfinite = me.take_out_nonfinite(values);
         }
-        wgmma_wait<0>();
-        wgmma_hold(o);
+        if (batch + 1 < kSteps / kBatch) wgmma_wait<0>();
       }
+#pragma unroll
+      for (int x = 0; x < V::kD / 2; ++x) state.s[x] *= carried;
+      if (n < kChunk) me.clear_rows(k, n);
+      fence_for_async();
+      wgmma_wait<0>();
+      wgmma_hold(o);
 #pragma unroll
       for (int x = 0; x < 32; ++x) {
         const int i = x / 4 * 8 + me.pair + x % 2;
@@ -384,36 +395,54 @@ __device__ void consume(const PassParams& p, SharedStorage<V>& shared, const Wor
         if constexpr (V::kNorm) scale *= shared.row_scale[stage][i];
         o[x] *= scale;
       }
-    } else {
-      me.load_values(values, v + me.group * kPanelBytes, n);
-    }
-    me.scale_values(scaled, values, stage, n);
-    const float carried = shared.powers[n];
-#pragma unroll
-    for (int x = 0; x < V::kD / 2; ++x) state.s[x] *= carried;
-    if (n < kChunk) me.clear_rows(k, n);
-    if constexpr (V::kOutput) any_nonfinite = me.take_out_nonfinite(values, nonfinite);
-    fence_for_async();
-    if (V::kOutput || n < kChunk) sync_threads(1, V::kConsumers * kWarpgroup);
-    wgmma_fence();
-    if constexpr (V::kOutput) {
+      sync_threads(1, V::kConsumers * kWarpgroup);
+      wgmma_fence();
 #pragma unroll
       for (int x = 0; x < 4; ++x)
         wgmma<Element, 64, 0>(o, values[x], descriptor(shared_address(masked) + x * 32), 1);
       wgmma_commit();
+      if constexpr (kOneCopy) {
+        wgmma_wait<0>();
+        wgmma_hold(o);
+        me.load_values(values, v + me.group * kPanelBytes, n);
+        me.scale_values(scaled, values, stage, n);
+        wgmma_fence();
+      }
+    } else {
+      shared.full[stage].wait((step / V::kStages) & 1);
+      if constexpr (V::kNorm) shared.scaled[stage].wait((step / V::kStages) & 1);
+      me.load_values(values, v + me.group * kPanelBytes, n);
+      me.scale_values(scaled, values, stage, n);
+#pragma unroll
+      for (int x = 0; x < V::kD / 2; ++x) state.s[x] *= carried;
+      if (n < kChunk) {
+        me.clear_rows(k, n);
+        fence_for_async();
+        sync_threads(1, V::kConsumers * kWarpgroup);
+      }
+      wgmma_fence();
     }
 #pragma unroll
     for (int x = 0; x < 4; ++x)
       wgmma<Element, V::kD, 1>(state.s, scaled[x], descriptor(k_address + x * 16 * kPanelRow, kPanelBytes), 1);
     wgmma_commit();
     if constexpr (V::kOutput) {
-      wgmma_wait<1>();
-      wgmma_hold(o);
-      if (any_nonfinite) me.put_back_nonfinite(o, nonfinite);
+      if constexpr (!kOneCopy) {
+        wgmma_wait<1>();
+        wgmma_hold(o);
+      }
+      if (any_nonfinite) me.put_back_nonfinite(o);
       me.store_output(o, work, head, work.start + chunk * kChunk, n, d_tile, e);
+      score(min(step + 1, chunks - 1));  // after the last chunk for nothing: a branch would make the products wait
+      wgmma_wait<1>();
+      wgmma_hold(state.s);
+      round_state(0);
+      wgmma_wait<0>();
+      wgmma_hold(scores);
+    } else {
+      wgmma_wait<0>();
+      wgmma_hold(state.s);
     }
-    wgmma_wait<0>();
-    wgmma_hold(state.s);
     if (threadIdx.x % 32 == 0) shared.empty[stage].arrive();
   }
   if constexpr (V::kOutput) {
@@ -439,6 +468,10 @@ __global__ void __launch_bounds__(V::kThreads, V::kBlocks) pass_kernel(const __g
   float log2_lambda = log2_decay(p.log_decay, head);
   if (!work.valid) log2_lambda = CUDART_NAN_F;
   if (threadIdx.x <= kChunk) shared.powers[threadIdx.x] = power(log2_lambda, threadIdx.x);
+  if (threadIdx.x < 2 * kChunk) {
+    const int later = threadIdx.x - kChunk, distance = p.reverse ? -later : later;
+    shared.weights[threadIdx.x] = distance < 0 ? -1.f : power(log2_lambda, distance);
+  }
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < V::kStages; ++stage) {
       shared.full[stage].init(1);
@@ -457,7 +490,7 @@ __global__ void __launch_bounds__(V::kThreads, V::kBlocks) pass_kernel(const __g
       measure<V>(p, shared, work, thread - 64);
   } else {
     more_registers<V::kConsumerRegisters>();
-    consume<V>(p, shared, work, head, tile / p.e_tiles, tile % p.e_tiles, log2_lambda);
+    consume<V>(p, shared, work, head, tile / p.e_tiles, tile % p.e_tiles);
   }
 }
 

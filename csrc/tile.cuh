@@ -41,6 +41,18 @@ __device__ inline bool any_nonfinite(uint32_t packed) {
   return (packed & kExponent) == kExponent || (packed >> 16 & kExponent) == kExponent;
 }
 
+// The same of 32 values: what is not finite is NaN when multiplied with zero, and stays so in a sum.
+template <class Element>
+__device__ inline bool nonfinite_among(const uint32_t (&words)[4][4]) {
+  using Pair = std::conditional_t<std::is_same_v<Element, __nv_bfloat16>, __nv_bfloat162, __half2>;
+  const uint32_t zeros = 0;
+  const Pair zero = *reinterpret_cast<const Pair*>(&zeros);
+  Pair sum = zero;
+#pragma unroll
+  for (int x = 0; x < 16; ++x) sum = __hfma2(*reinterpret_cast<const Pair*>(&words[x / 4][x % 4]), zero, sum);
+  return any_nonfinite<Element>(*reinterpret_cast<const uint32_t*>(&sum));
+}
+
 // Four 8 × 8 blocks, read transposed: lane l names the row l % 8 of block l / 8.
 __device__ inline void load_transposed(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

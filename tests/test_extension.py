@@ -1,0 +1,102 @@
+"""Building the CUDA kernels: where the library lies, what its name depends on, what is said when it can't be."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ops import extension, lightning_attention
+from ops.extension import BuildError
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, CUDA's compiler")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "transnormer"
+
+
+@needs_nvcc
+def test_compiles_without_warnings_and_without_spills(tmp_path: Path) -> None:
+    """In the kernels of `pass_hopper.cuh`; warnings are errors by the compiler's flags."""
+    report = extension.compile_library(shutil.which("nvcc"), tmp_path / "kernels.so").splitlines()
+    spills = {
+        line.split("for ")[-1]: report[i + 1] for i, line in enumerate(report) if "Function properties for" in line
+    }
+    passes = {name: text for name, text in spills.items() if "pass_kernel" in name}
+    assert len(passes) == 24
+    assert {name: text for name, text in passes.items() if " 0 bytes spill stores" not in text} == {}
+
+
+@needs_nvcc
+def test_is_built_once_in_a_folder_of_the_user(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def compile_library(nvcc: str, made: Path) -> str:
+        calls.append(made)
+        assert made.parent.parent == cache  # nothing under the final name before it is whole
+        made.write_text("library")
+        return "report"
+
+    monkeypatch.setattr(extension, "compile_library", compile_library)
+    path = extension.build()
+    assert path == extension.build()
+    assert path.read_text() == "library"
+    assert path.parent == cache
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert len(calls) == 1
+
+
+@needs_nvcc
+def test_a_failed_build_leaves_no_library(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "FLAGS", ("--no-such-flag",))
+    with pytest.raises(BuildError, match=r"^nvcc failed with 1: .*no-such-flag"):
+        extension.build()
+    assert not list(cache.glob("*.so"))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("changed", ["flags", "source", "header"])
+def test_another_source_or_flag_is_another_library(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = tmp_path / "csrc"
+    shutil.copytree(extension.SOURCES, sources)
+    monkeypatch.setattr(extension, "SOURCES", sources)
+    nvcc = shutil.which("nvcc")
+    before = extension._key(nvcc)
+    if changed == "flags":
+        monkeypatch.setattr(extension, "FLAGS", (*extension.FLAGS, "-g"))
+    else:
+        with (sources / ("step.cu" if changed == "source" else "decay.cuh")).open("a") as file:
+            file.write("\n")
+    assert extension._key(nvcc) != before
+
+
+def test_a_folder_that_others_write_to_is_refused(cache: Path) -> None:
+    cache.mkdir(parents=True)
+    os.chmod(cache, 0o777)
+    with pytest.raises(BuildError, match=r"expected a folder of this user that nobody else can write to$"):
+        extension._cache()
+
+
+def test_no_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    with pytest.raises(BuildError, match=r"^nvcc is not on the PATH"):
+        extension.build()
+
+
+def test_no_sources_is_a_reason(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "SOURCES", tmp_path / "nowhere")
+    monkeypatch.setattr(extension, "_nvcc", lambda: "nvcc")
+    with pytest.raises(BuildError, match=r"nowhere: the kernels' sources are not there$"):
+        extension.build()
+
+
+def test_on_a_cpu_the_reason_is_the_cpu() -> None:
+    x = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(ValueError, match=r"^backend: 'cuda' can't take this call: q is on cpu"):
+        lightning_attention(x, x, x, backend="cuda")

@@ -1,0 +1,238 @@
+"""The CUDA kernels of lightning attention: every type, width and cut of a sequence, streams, graphs, repeats."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from operator_cases import (
+    Case,
+    assert_accurate,
+    call,
+    in_two_passes,
+    inputs,
+    lightning,
+    output_gradients,
+    packed,
+    quadratic,
+    run,
+    spread,
+)
+
+from ops import lightning_attention, lightning_attention_step
+from ops.lightning_attention import cuda_unavailable_reason
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
+
+by_kernels = partial(lightning, backend="cuda")
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+every_type = pytest.mark.parametrize("dtype", TYPES, ids=lambda t: str(t)[6:])
+HEADS = {"H": 2, "Gk": 2, "Gv": 2, "B": 1}
+CASES = [
+    *(Case(T=t, D=64, E=64, **HEADS) for t in (1, 2, 63, 64, 65, 127, 128, 129, 200, 2048)),
+    *(Case(T=t, D=128, E=128, **HEADS) for t in (1, 63, 64, 65, 193)),
+    *(
+        Case(T=130, D=d, E=e, **HEADS)
+        for d, e in ((16, 16), (8, 72), (256, 256), (136, 40), (40, 264), (1, 1), (7, 33))
+    ),
+    *(Case(T=150, D=d, E=d, B=1, H=1, Gk=1, Gv=1) for d in (384, 512, 768, 1024)),
+    *(Case(decay=decay, D=64, E=64) for decay in (None, 0.0, -1e-6, -8.0, -50.0, -float("inf"))),
+    *(Case(Gk=a, Gv=b, D=64, E=128) for a, b in ((1, 1), (2, 2), (1, 4), (4, 2))),
+    *(Case(qk_norm=True, D=d, E=64, Gk=2, Gv=1) for d in (40, 64, 128, 200, 264)),
+    *(Case(layout=layout, D=64, E=32) for layout in ("transposed", "projection", "columns")),
+    Case(layout="projection", qk_norm=True, Gk=1, Gv=2, D=128, E=128),
+    Case(state=False, D=64, E=64),
+    packed(0, 130, D=64, E=64),
+    packed(0, 1, 2, 66, 66, 130, 200, D=64, E=64),
+    packed(0, 0, 64, 128, 128, 128, decay=-8.0, D=128, E=128),
+    packed(0, 0, 70, 71, 71, state=False, qk_norm=True, Gk=2, Gv=1, D=128, E=64),
+]
+
+
+@pytest.fixture(autouse=True)
+def _needs_the_kernels() -> None:
+    x = torch.zeros(1, 1, 1, 8, device="cuda", dtype=torch.bfloat16)
+    if (reason := cuda_unavailable_reason(x, x)) is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda")
+
+
+def check(case: Case, device: torch.device, dtype: torch.dtype, operator=by_kernels) -> None:  # type: ignore[no-untyped-def]
+    truth = call(case, quadratic, device, dtype, truth=True)
+    plain, terms = call(case, quadratic, device, dtype), spread(case, quadratic, device, dtype)
+    assert_accurate(call(case, operator, device, dtype), plain, truth, terms, dtype)
+
+
+@every_type
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_is_as_accurate_as_plain_pytorch(case: Case, dtype: torch.dtype, device: torch.device) -> None:
+    check(case, device, dtype)
+
+
+@every_type
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=300, D=64, E=64, Gk=2, Gv=1),
+        Case(T=300, D=128, E=128, qk_norm=True),
+        Case(T=200, D=264, E=136, B=1, H=1, Gk=1, Gv=1),
+        packed(0, 64, 70, 70, 200, 333, 400, D=64, E=64),
+        packed(0, 129, 333, D=128, E=128, qk_norm=True),
+    ],
+    ids=str,
+)
+def test_sequences_cut_in_segments(
+    case: Case, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ops.lightning_cuda._segment_length", lambda *_: 64)
+    check(case, device, dtype)
+    monkeypatch.setattr("ops.lightning_cuda._segment_length", lambda *_: 128)
+    check(case, device, dtype)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_float32_may_be_tf32(precision: str, device: torch.device) -> None:
+    before = torch.get_float32_matmul_precision()
+    case = Case(T=300, D=64, E=64)
+    exact = call(case, by_kernels, device, torch.float32)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        rough = call(case, by_kernels, device, torch.float32)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    truth = call(case, quadratic, device, torch.float32, truth=True)
+    for name, x in truth.items():
+        error = [((y[name].double() - x).norm() / x.norm()).item() for y in (exact, rough)]
+        assert error[0] < 1e-5, name
+        assert 10 * error[0] < error[1] < 2e-3, name
+
+
+@every_type
+@pytest.mark.parametrize("at", [1, 63, 64, 65, 130, 199])
+def test_split_anywhere(at: int, dtype: torch.dtype, device: torch.device) -> None:
+    case = Case(T=200, D=64, E=64, Gk=2, Gv=1)
+    results = [call(case, operator, device, dtype) for operator in (by_kernels, in_two_passes([at]))]
+    tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    for name, x in results[0].items():
+        assert ((x - results[1][name]).double().norm() / x.double().norm()) < tolerance, name
+
+
+@every_type
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_hundred_repeats_are_equal(qk_norm: bool, dtype: torch.dtype, device: torch.device) -> None:
+    case = Case(T=1500, D=128, E=128, Gk=2, Gv=1, qk_norm=qk_norm)
+    tensors, grads = inputs(case, device, dtype), output_gradients(case, device, dtype)
+    first = run(by_kernels, tensors, *grads, qk_norm=qk_norm)
+    for _ in range(99):
+        for name, x in run(by_kernels, tensors, *grads, qk_norm=qk_norm).items():
+            assert torch.equal(x, first[name]), name
+
+
+@every_type
+def test_runs_on_the_current_stream(dtype: torch.dtype, device: torch.device) -> None:
+    case = Case(T=200, D=64, E=64, qk_norm=True)
+    expected = call(case, by_kernels, device, dtype)
+    stream = torch.cuda.Stream()
+    tensors, grads = inputs(case, device, dtype), output_gradients(case, device, dtype)
+    late = {name: torch.zeros_like(x) for name, x in tensors.items()}
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # a kernel on another stream would see zeros
+        for name, x in tensors.items():
+            late[name].copy_(x)
+        actual = run(by_kernels, late, *grads, qk_norm=True)
+    stream.synchronize()
+    for name, x in actual.items():
+        assert torch.equal(x, expected[name]), name
+
+
+@every_type
+@pytest.mark.parametrize("bounds", [None, (0, 70, 70, 200)], ids=["rows", "packed"])
+def test_in_a_cuda_graph(bounds, dtype: torch.dtype, device: torch.device) -> None:  # type: ignore[no-untyped-def]
+    case = Case(T=200, D=64, E=64, B=1, bounds=bounds)
+    cu_seqlens = case.cu_seqlens(device)
+    tensors, grads = inputs(case, device, dtype), output_gradients(case, device, dtype)
+    held = {name: x.clone() for name, x in tensors.items()}
+    run(by_kernels, held, *grads, cu_seqlens=cu_seqlens)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(by_kernels, held, *grads, cu_seqlens=cu_seqlens)
+    for seed in (1, 2):
+        tensors = inputs(case, device, dtype, seed)
+        for name, x in tensors.items():
+            held[name].copy_(x)
+        graph.replay()
+        torch.cuda.synchronize()
+        for name, x in run(by_kernels, tensors, *grads, cu_seqlens=cu_seqlens).items():
+            assert torch.equal(x, results[name]), name
+
+
+@every_type
+def test_a_step_in_a_cuda_graph(dtype: torch.dtype, device: torch.device) -> None:
+    *arguments, state = inputs(Case(T=1, D=128, E=128, Gk=2), device, dtype).values()
+    mine, its = state.clone(), state.clone()
+    lightning_attention_step(*arguments, its.clone())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = lightning_attention_step(*arguments, its)
+    for _ in range(3):
+        expected = lightning_attention_step(*arguments, mine)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(o, expected)
+        assert torch.equal(its, mine)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@every_type
+def test_on_the_second_gpu(dtype: torch.dtype, device: torch.device) -> None:
+    case = Case(T=200, D=64, E=64, qk_norm=True)
+    expected = call(case, by_kernels, device, dtype)
+    for name, x in call(case, by_kernels, torch.device("cuda:1"), dtype).items():
+        assert torch.equal(x.to(device), expected[name]), name
+
+
+def test_more_elements_than_32_bits_count(device: torch.device) -> None:
+    heads, tokens, width = 130, 130_000, 128
+    assert heads * tokens * width > 2**31
+    random = torch.Generator(device).manual_seed(0)
+    shape = (1, heads, tokens, width)
+    q, k, v, do = (torch.randn(shape, generator=random, device=device, dtype=torch.bfloat16) for _ in range(4))
+    decay = torch.full((heads,), -0.05, device=device)
+    dstate = torch.zeros(1, heads, width, width, device=device)
+    tensors = {"q": q, "k": k, "v": v, "log_decay": decay, "initial_state": None}
+    actual = run(by_kernels, tensors, do, dstate)
+    for head, start in itertools.product((0, heads - 1), (0, tokens - 2000)):
+        part = {name: x[:, head : head + 1, start:].contiguous() for name, x in (("q", q), ("k", k), ("v", v))}
+        part = {**part, "log_decay": decay[:1], "initial_state": None}
+        alone = run(by_kernels, part, do[:, head : head + 1, start:].contiguous(), dstate[:, :1])
+        late = slice(1000, 2000) if start else slice(0, 1000)  # a decay of e^-50 away from the cut
+        for name in ("o", "gradient of q", "gradient of k", "gradient of v"):
+            x = actual[name][:, head, start:][:, late].double()
+            assert (x - alone[name][:, 0, late]).norm() / x.norm() < 2e-2, (name, head, start)
+
+
+def test_an_argument_that_must_be_copied_is_mentioned_once(device: torch.device) -> None:
+    from ops.lightning_cuda import warn_of_copy
+
+    warn_of_copy.cache_clear()
+    x = torch.randn(1, 1, 20, 36, device=device, dtype=torch.bfloat16)[..., 1:33]
+    expected = lightning_attention(x.clone(), x.clone(), x.clone(), backend="cuda")
+    with pytest.warns(UserWarning, match="copies an argument") as seen:
+        assert torch.equal(lightning_attention(x, x, x, backend="cuda"), expected)
+    assert len(seen) == 1
+
+
+def test_what_the_kernels_do_not_take_has_a_reason(device: torch.device) -> None:
+    for x, reason in (
+        (torch.zeros(1, 1, 4, 8, device=device, dtype=torch.float64), "q is float64"),
+        (torch.zeros(1, 1, 4, 1032, device=device), "a head is 1032 wide"),
+    ):
+        with pytest.raises(ValueError, match=rf"^backend: 'cuda' can't take this call: {reason}"):
+            lightning_attention(x, x, x, backend="cuda")
+        lightning_attention(x, x, x)
