@@ -62,10 +62,16 @@ struct Operand {
 template <bool kExact>
 __device__ inline void multiply(float (&d)[4], const Operand<4, kExact>& a, const Operand<2, kExact>& b) {
   if constexpr (kExact) {
-    multiply_tf32(d, a.low, b.high);
-    multiply_tf32(d, a.high, b.low);
+    // The tensor cores cut sums off where they should round: long sums are made outside.
+    float small[4] = {}, large[4] = {};
+    multiply_tf32(small, a.low, b.high);
+    multiply_tf32(small, a.high, b.low);
+    multiply_tf32(large, a.high, b.high);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += large[i] + small[i];
+  } else {
+    multiply_tf32(d, a.high, b.high);
   }
-  multiply_tf32(d, a.high, b.high);
 }
 
 // Rows of a tensor (B, heads, T, width) to shared memory; what lies outside is zero.

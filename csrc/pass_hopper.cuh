@@ -324,6 +324,7 @@ __device__ void consume(const PassParams& p, SharedStorage<V>& shared, const Wor
     const int stage = step % V::kStages;
     const uint32_t q = shared_address(shared.stages[stage]), k = q + V::kQPanels * kPanelBytes;
     shared.full[stage].wait((step / V::kStages) & 1);
+    if constexpr (V::kNorm) shared.scaled[stage].wait((step / V::kStages) & 1);
     wgmma_fence();
 #pragma unroll
     for (int x = 0; x < kSteps; ++x) {
@@ -362,7 +363,6 @@ __device__ void consume(const PassParams& p, SharedStorage<V>& shared, const Wor
     uint8_t* masked = nullptr;
     if constexpr (V::kOutput) {
       masked = shared.scores[step % 2];
-      if constexpr (V::kNorm) shared.scaled[stage].wait((step / V::kStages) & 1);
 #pragma unroll
       for (int batch = 0; batch < kSteps / kBatch; ++batch) {
         if (batch > 0) round_state(batch);

@@ -45,9 +45,14 @@ def unavailable_reason(q: Tensor, v: Tensor) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def library_unavailable_reason(device: int) -> str | None:
-    """Why the kernels can't run on a GPU, or None; says once why they could not be built."""
+    """Why the kernels can't run on a GPU, or None; a compiled graph takes it as it was when it was made."""
+    return _library_unavailable_reason(device)
+
+
+@functools.cache
+def _library_unavailable_reason(device: int) -> str | None:
+    """The same; says once why they could not be built."""
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):
         return f"the GPU has compute capability {major}.{minor}, the kernels are written for 9.0 (Hopper)"
