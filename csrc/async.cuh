@@ -43,6 +43,18 @@ __device__ inline void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// The same, and whether any of them says so.
+__device__ inline bool any_thread(int barrier, int threads, bool value) {
+  int any;
+  asm volatile(
+      "{ .reg .pred p, q; setp.ne.b32 p, %3, 0; bar.red.or.pred q, %1, %2, p; selp.b32 %0, 1, 0, q; }"
+      : "=r"(any)
+      : "r"(barrier), "r"(threads), "r"(int(value))
+      : "memory");
+  return any;
+}
+
+// Registers of each thread of a warpgroup, of the block's, from here on.
 template <int kCount>
 __device__ inline void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
@@ -50,6 +62,14 @@ __device__ inline void more_registers() {
 template <int kCount>
 __device__ inline void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+// Whichever it is, when `threads` share a multiprocessor's registers evenly at first.
+template <int kCount, int kThreads>
+__device__ inline void set_registers() {
+  if constexpr (kCount > 65536 / kThreads / 8 * 8)
+    more_registers<kCount>();
+  else
+    fewer_registers<kCount>();
 }
 
 // Copies the box at (column, token, head, batch) of a tensor to shared memory; what lies outside arrives as zeros.

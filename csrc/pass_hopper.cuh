@@ -1,11 +1,12 @@
 // One pass of lightning attention over the sequences, for Hopper: equations (1) to (3) of README.md.
 //
-// A block walks through one segment of one head, chunk by chunk. Its last warpgroup fetches tiles of q, k and v; each of
-// the others owns 64 columns of v and keeps their part of the state, transposed (E × D), in registers:
-//   scores  q kᵀ, masked, to shared memory                (each warpgroup makes its share of the columns)
-//   oᵀ   =  Sᵀ qᵀ, columns scaled, + vᵀ scoresᵀ           (E × C)
-//   Sᵀ  ←   λ^n Sᵀ + (scaled vᵀ) k
-// so that whatever is left operand of a product comes from registers, where it can be scaled or rounded on the way.
+// A block walks through one segment of one head, chunk by chunk, and its warpgroups share the work:
+//   fetch   copies the tiles of q, k and v; with kNorm two of its warps measure their vectors
+//   score   makes the masked scores (q kᵀ) ⊙ M of a chunk and a copy of v scaled by what it weighs in the state
+//   attend  (one or two) own 64 columns of v each, and keep their part of the state, transposed (E × D), in registers:
+//             oᵀ  =  Sᵀ qᵀ, columns scaled, + vᵀ scoresᵀ           (E × C)
+//             Sᵀ  ←  λ^n Sᵀ + (scaled v)ᵀ k
+// Only `attend` depends on the chunk before, and it does little else than products.
 #pragma once
 
 #include "async.cuh"
@@ -25,37 +26,64 @@ struct Variant {
   using Element = Element_;
   static constexpr int kD = kD_, kE = kE_;
   static constexpr bool kNorm = kNorm_, kOutput = kOutput_;
-  static constexpr int kConsumers = kE / 64;  // warpgroups
-  static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-  static constexpr int kBlocks = kConsumers == 1 ? 2 : 1;  // on a multiprocessor
+  static constexpr int kAttending = kE / 64;  // warpgroups
+  static constexpr int kThreads = (kAttending + 2) * kWarpgroup;
+  static constexpr int kBlocks = kD == 64 ? 2 : 1;  // on a multiprocessor
   static constexpr int kQPanels = kOutput ? kD / kPanel : 0, kKPanels = kD / kPanel, kVPanels = kE / kPanel;
   static constexpr int kStageBytes = (kQPanels + kKPanels + kVPanels) * kPanelBytes;
-  static constexpr int kStages = kD == 256 && kOutput ? 2 : 3;
-  static constexpr int kScoreColumns = kChunk / kConsumers;  // of each warpgroup
-  static constexpr int kProducerRegisters = kNorm ? 40 : 24;
-  static constexpr int kConsumerRegisters = kConsumers == 1 ? 248 - kProducerRegisters : 252 - kProducerRegisters / 2;
+  static constexpr int kStages = kD == 128 ? 3 : 2;
+  static constexpr int kBuffers = 2;  // of what `score` makes
+  // The registers of a multiprocessor, shared out: a multiple of 8 for a thread of each kind.
+  static constexpr int kFetchRegisters = 40, kScoreRegisters = kBlocks == 2 ? 96 : 120;
+  static constexpr int kLeft = (512 / kBlocks - kFetchRegisters - kScoreRegisters) / kAttending / 8 * 8;
+  static constexpr int kAttendRegisters = kLeft < 240 ? kLeft : 240;
 };
 
 template <class V>
 struct alignas(1024) SharedStorage {
   uint8_t stages[V::kStages][V::kStageBytes];
-  uint8_t scores[V::kOutput ? 2 : 0][kPanelBytes];
+  uint8_t scaled_values[V::kBuffers][V::kVPanels * kPanelBytes];
+  uint8_t scores[V::kOutput ? V::kBuffers : 0][kPanelBytes];
   uint8_t out[V::kOutput ? V::kVPanels : 0][kPanelBytes];
+  unsigned long long nonfinite[V::kBuffers][V::kE];  // tokens of the chunk, of each column of v
+  int any_nonfinite[V::kBuffers];
   float powers[kChunk + 1];
   float weights[2 * kChunk];  // λ^|i-j| at i - j + kChunk, or -1 where masked
-  uint64_t nonfinite[V::kE];  // tokens of the chunk, of each column of v
   float row_scale[V::kStages][kChunk], column_scale[V::kStages][kChunk];
-  Barrier full[V::kStages], scaled[V::kStages], empty[V::kStages];
+  Barrier full[V::kStages], measured[V::kStages], empty[V::kStages];
+  Barrier ready[V::kBuffers], used[V::kBuffers];
 };
+
+// Tiles of a stage.
+template <class V>
+struct Stage {
+  uint8_t *q, *k, *v;
+
+  __device__ Stage(SharedStorage<V>& shared, int stage)
+      : q(shared.stages[stage]), k(q + V::kQPanels * kPanelBytes), v(k + V::kKPanels * kPanelBytes) {}
+};
+
+// The chunks of a segment in the order of the pass.
+struct Walk {
+  int chunks, length;
+  bool reverse;
+
+  __device__ Walk(const Work& work, bool reverse)
+      : chunks((work.length + kChunk - 1) / kChunk), length(work.length), reverse(reverse) {}
+  __device__ int start(int step) const { return (reverse ? chunks - 1 - step : step) * kChunk; }
+  __device__ int tokens(int step) const { return min(kChunk, length - start(step)); }
+};
+
+// Parity of the phase that a barrier of `count` is in at a step.
+__device__ inline int parity(int step, int count) { return step / count & 1; }
 
 // Fetches the tiles of each chunk; with kNorm, the other warps measure their vectors.
 template <class V>
 __device__ void fetch(const PassParams& p, SharedStorage<V>& shared, const Work& work, int head, int d_tile, int e_tile) {
-  const int chunks = (work.length + kChunk - 1) / kChunk;
-  for (int step = 0; step < chunks; ++step) {
-    const int stage = step % V::kStages, chunk = p.reverse ? chunks - 1 - step : step;
-    const int token = work.start + chunk * kChunk;
-    if (step >= V::kStages) shared.empty[stage].wait((step / V::kStages - 1) & 1);
+  const Walk walk(work, p.reverse);
+  for (int step = 0; step < walk.chunks; ++step) {
+    const int stage = step % V::kStages, token = work.start + walk.start(step);
+    if (step >= V::kStages) shared.empty[stage].wait(parity(step, V::kStages) ^ 1);
     shared.full[stage].arrive_expecting(V::kStageBytes);
     uint8_t* to = shared.stages[stage];
     for (int i = 0; i < V::kQPanels; ++i, to += kPanelBytes)
@@ -109,13 +137,11 @@ __device__ float inverse_length(uint8_t* tile, int row) {
 template <class V>
 __device__ void measure(const PassParams& p, SharedStorage<V>& shared, const Work& work, int row) {
   using Element = typename V::Element;
-  const int chunks = (work.length + kChunk - 1) / kChunk;
-  for (int step = 0; step < chunks; ++step) {
+  const Walk walk(work, p.reverse);
+  for (int step = 0; step < walk.chunks; ++step) {
     const int stage = step % V::kStages;
-    shared.full[stage].wait((step / V::kStages) & 1);
-    uint8_t* q = shared.stages[stage];
-    uint8_t* k = q + V::kQPanels * kPanelBytes;
-    uint8_t* v = k + V::kKPanels * kPanelBytes;
+    shared.full[stage].wait(parity(step, V::kStages));
+    const auto [q, k, v] = Stage<V>(shared, stage);
     float queries = 1.f, columns;
     if constexpr (V::kOutput)
       if (p.norm == Norm::kQueriesAndKeys) queries = inverse_length<Element, V::kQPanels>(q, row);
@@ -126,7 +152,7 @@ __device__ void measure(const PassParams& p, SharedStorage<V>& shared, const Wor
     shared.row_scale[stage][row] = queries;
     shared.column_scale[stage][row] = columns;
     fence_for_async();
-    shared.scaled[stage].arrive();
+    shared.measured[stage].arrive();
   }
 }
 
@@ -163,35 +189,50 @@ struct State {
   }
 };
 
-// What a thread of a warpgroup does with its part of a chunk.
+// Makes what `attend` needs of each chunk besides the state.
 template <class V>
-struct Consumer {
+struct Scorer {
   using Element = typename V::Element;
+  static constexpr int kPieces = kChunk * V::kE / 8 / kWarpgroup;  // of v, of a thread: 8 columns of one token each
   const PassParams& p;
   SharedStorage<V>& shared;
-  const int group, thread, warp, row, pair;  // row, pair: of this thread in an 8 × 8 block of accumulators
+  const int thread;
 
-  __device__ Consumer(const PassParams& p, SharedStorage<V>& shared)
-      : p(p),
-        shared(shared),
-        group(threadIdx.x / kWarpgroup),
-        thread(threadIdx.x % kWarpgroup),
-        warp(thread / 32),
-        row(thread % 32 / 4),
-        pair(2 * (thread % 4)) {}
-  // Token of score n of this thread.
-  __device__ int query(int n) const { return warp * 16 + row + n / 2 % 2 * 8; }
-  __device__ int key(int n) const { return group * V::kScoreColumns + n / 4 * 8 + pair + n % 2; }
+  // Tokens and columns of piece x, and where it lies.
+  __device__ int token(int x) const { return x % 4 * 16 + thread / 8; }
+  __device__ int column(int x) const { return x / 4 * kPanel + thread % 8 * 8; }
+  __device__ int offset(int x) const { return x / 4 * kPanelBytes + piece_offset(token(x), thread % 8); }
 
-  // λ^… with which token i reads the state and token j is written to it, in a chunk of n tokens.
-  __device__ float reading(int i, int n) const { return shared.powers[p.reverse ? max(n - 1 - i, 0) : i + 1]; }
+  // λ^… with which token j is written to the state, in a chunk of n tokens.
   __device__ float writing(int j, int n) const { return shared.powers[p.reverse ? j + 1 : max(n - 1 - j, 0)]; }
 
-  __device__ void mask_scores(const float (&scores)[V::kScoreColumns / 2], uint8_t* to, int stage, int n) {
-    const uint32_t base = shared_address(to);
+  // Returns whether a value of this thread is not finite.
+  __device__ bool scale_values(const uint8_t* v, uint8_t* scaled, int stage, int n) {
+    bool nonfinite = false;
 #pragma unroll
-    for (int x = 0; x < V::kScoreColumns / 2; x += 2) {
-      const int i = query(x), j = key(x);
+    for (int x = 0; x < kPieces; ++x) {
+      const int j = token(x);
+      uint4 piece = load_piece(shared_address(v) + offset(x));
+      if (j >= n) piece = make_uint4(0, 0, 0, 0);
+      nonfinite |= nonfinite_among<Element>(piece);
+      float factor = writing(j, n);
+      if constexpr (V::kNorm) factor *= shared.column_scale[stage][j];
+      for (uint32_t* word : {&piece.x, &piece.y, &piece.z, &piece.w}) {
+        const float2 pair = unpack<Element>(*word);
+        *word = pack<Element>(pair.x * factor, pair.y * factor);
+      }
+      store_piece(shared_address(scaled) + offset(x), piece);
+    }
+    return nonfinite;
+  }
+
+  // Scores (64 × 64) times λ^|i-j| to shared memory; chosen, not multiplied where masked: 0 · NaN is NaN.
+  __device__ void mask_scores(const float (&scores)[32], uint8_t* to, int stage, int n) {
+    const uint32_t base = shared_address(to);
+    const int row = thread / 32 * 16 + thread % 32 / 4, pair = 2 * (thread % 4);
+#pragma unroll
+    for (int x = 0; x < 32; x += 2) {
+      const int i = row + x / 2 % 2 * 8, j = x / 4 * 8 + pair;
       const float* weight = &shared.weights[kChunk + i - j];
       float a = scores[x] * weight[0], b = scores[x + 1] * weight[-1];
       if constexpr (V::kNorm) {
@@ -199,77 +240,116 @@ struct Consumer {
         a *= of_row * shared.column_scale[stage][j];
         b *= of_row * shared.column_scale[stage][j + 1];
       }
-      if (weight[0] < 0.f || j >= n) a = 0.f;  // chosen, not multiplied: 0 · NaN is NaN
+      if (weight[0] < 0.f || j >= n) a = 0.f;
       if (weight[-1] < 0.f || j + 1 >= n) b = 0.f;
       store_word(base + piece_offset(i, j / 8) + j % 8 * 2, pack<Element>(a, b));
     }
   }
 
-  // vᵀ of this warpgroup (64 × tokens) as left operand of four products; tokens from n on are zeros.
-  __device__ void load_values(uint32_t (&v)[4][4], const uint8_t* panel, int n) {
-    const int lane = thread % 32, block = lane / 8;
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      const int token = step * 16 + block / 2 * 8 + lane % 8;
-      load_transposed(v[step], shared_address(panel) + piece_offset(token, warp * 2 + block % 2));
-    }
-    if (n == kChunk) return;
-#pragma unroll
-    for (int x = 0; x < 16; ++x) {
-      const int j = x / 4 * 16 + x / 2 % 2 * 8 + pair;
-      if (j >= n) v[x / 4][x % 4] = 0;
-      if (j + 1 >= n) v[x / 4][x % 4] &= 0xFFFF;
-    }
+  // Rows behind the end of a sequence belong to another one: times zero they could still be NaN.
+  __device__ void clear_rows(uint8_t* tile, int panels, int n) {
+    for (int x = thread; x < panels * kChunk * 8; x += kWarpgroup)
+      if (x / 8 % kChunk >= n) store_piece(shared_address(tile) + x * 16, make_uint4(0, 0, 0, 0));
   }
 
-  __device__ void scale_values(uint32_t (&scaled)[4][4], const uint32_t (&v)[4][4], int stage, int n) {
+  // Notes which tokens hold a value that is not finite, for each column, and clears those values: `attend` puts NaN into
+  // the outputs from there on, and a token changes nothing before it.
+  __device__ void take_out_nonfinite(uint8_t* v, unsigned long long (&tokens)[V::kE]) {
+    for (int x = thread; x < V::kE; x += kWarpgroup) tokens[x] = 0;
+    sync_threads(1, kWarpgroup);
+    for (int x = 0; x < kPieces; ++x) {
+      uint4 piece = load_piece(shared_address(v) + offset(x));
+      int e = column(x);
+      for (uint32_t* word : {&piece.x, &piece.y, &piece.z, &piece.w}) {
+        if (any_nonfinite<Element>(*word & 0xFFFF)) atomicOr(&tokens[e], 1ull << token(x)), *word &= 0xFFFF0000u;
+        if (any_nonfinite<Element>(*word >> 16)) atomicOr(&tokens[e + 1], 1ull << token(x)), *word &= 0xFFFFu;
+        e += 2;
+      }
+      store_piece(shared_address(v) + offset(x), piece);
+    }
+  }
+};
+
+template <class V>
+__device__ void score(const PassParams& p, SharedStorage<V>& shared, const Work& work) {
+  using Element = typename V::Element;
+  Scorer<V> me{p, shared, int(threadIdx.x) % kWarpgroup};
+  const Walk walk(work, p.reverse);
+  for (int step = 0; step < walk.chunks; ++step) {
+    const int stage = step % V::kStages, buffer = step % V::kBuffers, n = walk.tokens(step);
+    const auto [q, k, v] = Stage<V>(shared, stage);
+    shared.full[stage].wait(parity(step, V::kStages));
+    if constexpr (V::kNorm) shared.measured[stage].wait(parity(step, V::kStages));
+    float scores[32];
+    if constexpr (V::kOutput) {
+      wgmma_fence();
 #pragma unroll
-    for (int x = 0; x < 16; x += 2) {
-      const int j = x / 4 * 16 + x / 2 % 2 * 8 + pair;
-      float a = writing(j, n), b = writing(j + 1, n);
-      if constexpr (V::kNorm) a *= shared.column_scale[stage][j], b *= shared.column_scale[stage][j + 1];
+      for (int x = 0; x < V::kD / 16; ++x) {
+        const int at = x / 4 * kPanelBytes + x % 4 * 32;
+        wgmma<Element, 64, 0, 0>(scores, descriptor(shared_address(q) + at), descriptor(shared_address(k) + at), x > 0);
+      }
+      wgmma_commit();
+    }
+    if (step >= V::kBuffers) shared.used[buffer].wait(parity(step, V::kBuffers) ^ 1);
+    const bool nonfinite = me.scale_values(v, shared.scaled_values[buffer], stage, n);
+    if constexpr (V::kOutput) {
+      wgmma_wait<0>();
+      wgmma_hold(scores);
+      me.mask_scores(scores, shared.scores[buffer], stage, n);
+      const bool any = any_thread(1, kWarpgroup, nonfinite);
+      if (any) me.take_out_nonfinite(v, shared.nonfinite[buffer]);
+      if (me.thread == 0) shared.any_nonfinite[buffer] = any;
+      if (n < kChunk) me.clear_rows(v, V::kVPanels, n);
+    }
+    if (n < kChunk) {
+      sync_threads(1, kWarpgroup);  // all have read v
+      me.clear_rows(k, V::kKPanels, n);
+    }
+    fence_for_async();
+    shared.ready[buffer].arrive();
+  }
+}
+
+// What a thread of an attending warpgroup does with its columns of v.
+template <class V>
+struct Attender {
+  using Element = typename V::Element;
+  const PassParams& p;
+  SharedStorage<V>& shared;
+  const int group, thread, warp, row, pair;  // row, pair: of this thread in an 8 × 8 block of accumulators
+
+  __device__ Attender(const PassParams& p, SharedStorage<V>& shared)
+      : p(p),
+        shared(shared),
+        group(threadIdx.x / kWarpgroup),
+        thread(threadIdx.x % kWarpgroup),
+        warp(thread / 32),
+        row(thread % 32 / 4),
+        pair(2 * (thread % 4)) {}
+
+  // Times λ^… with which token i reads the state, in a chunk of n tokens.
+  __device__ void scale_output(float (&o)[32], int stage, int n) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float2 values = unpack<Element>(v[x / 4][x % 4 + half]);
-        scaled[x / 4][x % 4 + half] = pack<Element>(values.x * a, values.y * b);
+    for (int x = 0; x < 32; x += 4) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int i = x / 4 * 8 + pair + c;
+        float factor = shared.powers[p.reverse ? max(n - 1 - i, 0) : i + 1];
+        if constexpr (V::kNorm) factor *= shared.row_scale[stage][i];
+        o[x + c] *= factor;
+        o[x + c + 2] *= factor;
       }
     }
   }
 
-  // Clears values that are not finite, and notes of which tokens they were; false if there are none.
-  __device__ bool take_out_nonfinite(uint32_t (&v)[4][4]) {
-    if (!__any_sync(~0u, nonfinite_among<Element>(v))) return false;
-    uint64_t tokens[2] = {0, 0};  // for the two columns of v that are this thread's rows
-#pragma unroll
-    for (int x = 0; x < 16; ++x) {
-      uint32_t& word = v[x / 4][x % 4];
-      const int j = x / 4 * 16 + x / 2 % 2 * 8 + pair;
-      if (any_nonfinite<Element>(word & 0xFFFF)) tokens[x % 2] |= 1ull << j, word &= 0xFFFF0000u;
-      if (any_nonfinite<Element>(word >> 16)) tokens[x % 2] |= 2ull << j, word &= 0xFFFFu;
-    }
-    for (uint64_t& seen : tokens) {  // of the four threads that share a row
-      seen |= __shfl_xor_sync(~0u, seen, 1);
-      seen |= __shfl_xor_sync(~0u, seen, 2);
-    }
-    for (int half = 0; half < 2; ++half) shared.nonfinite[group * kPanel + warp * 16 + row + half * 8] = tokens[half];
-    __syncwarp();
-    return true;
-  }
-
   // NaN in o from the first token on that brought a value that is not finite.
-  __device__ void put_back_nonfinite(float (&o)[32]) {
+  __device__ void put_back_nonfinite(float (&o)[32], const unsigned long long (&tokens)[V::kE]) {
 #pragma unroll
     for (int x = 0; x < 32; ++x) {
       const int i = x / 4 * 8 + pair + x % 2;
-      const uint64_t seen = shared.nonfinite[group * kPanel + warp * 16 + row + x / 2 % 2 * 8];
+      const uint64_t seen = tokens[group * kPanel + warp * 16 + row + x / 2 % 2 * 8];
       if (p.reverse ? seen >> i : seen << (63 - i)) o[x] = CUDART_NAN_F;
     }
-  }
-
-  // Rows of k behind the sequence's end belong to another: in the product with zeros they could still be NaN.
-  __device__ void clear_rows(uint8_t* k, int n) {
-    for (int x = threadIdx.x; x < V::kKPanels * kChunk * 8; x += V::kConsumers * kWarpgroup)
-      if (x / 8 % kChunk >= n) store_piece(shared_address(k) + x * 16, make_uint4(0, 0, 0, 0));
   }
 
   // oᵀ (64 × tokens) of this warpgroup to o (tokens × 64) in global memory.
@@ -304,11 +384,10 @@ struct Consumer {
 };
 
 template <class V>
-__device__ void consume(const PassParams& p, SharedStorage<V>& shared, const Work& work, int head, int d_tile, int e_tile) {
+__device__ void attend(const PassParams& p, SharedStorage<V>& shared, const Work& work, int head, int d_tile, int e_tile) {
   using Element = typename V::Element;
-  constexpr bool kOneCopy = V::kD == 256;  // no registers for the values and the scaled values at a time
   constexpr int kSteps = V::kD / 16, kBatch = V::kD == 256 ? 4 : kSteps;  // products that read the state, at a time
-  Consumer<V> me(p, shared);
+  Attender<V> me(p, shared);
   const int e = e_tile * V::kE + me.group * kPanel;
   State<V::kD> state(d_tile, e);
   state.zero();
@@ -317,133 +396,67 @@ __device__ void consume(const PassParams& p, SharedStorage<V>& shared, const Wor
   } else if constexpr (V::kOutput) {
     state.load(p, p.carry, p.carry_strides, p.reverse ? work.carry + 1 : work.carry - 1, head);
   }
-  const int chunks = (work.length + kChunk - 1) / kChunk;
-  float scores[V::kScoreColumns / 2];
-  // Starts on the scores of a chunk, in the background.
-  const auto score = [&](int step) {
-    const int stage = step % V::kStages;
-    const uint32_t q = shared_address(shared.stages[stage]), k = q + V::kQPanels * kPanelBytes;
-    shared.full[stage].wait((step / V::kStages) & 1);
-    if constexpr (V::kNorm) shared.scaled[stage].wait((step / V::kStages) & 1);
-    wgmma_fence();
-#pragma unroll
-    for (int x = 0; x < kSteps; ++x) {
-      const int at = x / 4 * kPanelBytes + x % 4 * 32;
-      wgmma<Element, V::kScoreColumns>(scores, descriptor(q + at),
-                                       descriptor(k + at + me.group * V::kScoreColumns * kPanelRow), x > 0);
-    }
-    wgmma_commit();
-  };
-  uint32_t left[kBatch][4];
-  // Rounds part of the state to left operands.
-  const auto round_state = [&](int batch) {
-#pragma unroll
-    for (int x = 0; x < kBatch * 4; ++x) {
-      const int at = batch * kBatch * 8 + x * 2;
-      left[x / 4][x % 4] = pack<Element>(state.s[at], state.s[at + 1]);
-    }
-  };
-  if (V::kOutput && chunks > 0) {
-    round_state(0);
-    score(0);
-    wgmma_wait<0>();
-    wgmma_hold(scores);
-  }
-  for (int step = 0; step < chunks; ++step) {
-    const int stage = step % V::kStages, chunk = p.reverse ? chunks - 1 - step : step;
-    const int n = min(kChunk, work.length - chunk * kChunk);
-    uint8_t* q = shared.stages[stage];
-    uint8_t* k = q + V::kQPanels * kPanelBytes;
-    uint8_t* v = k + V::kKPanels * kPanelBytes;
-    const uint32_t q_address = shared_address(q), k_address = shared_address(k);
+  const Walk walk(work, p.reverse);
+  for (int step = 0; step < walk.chunks; ++step) {
+    const int stage = step % V::kStages, buffer = step % V::kBuffers, n = walk.tokens(step);
+    const auto [q, k, v] = Stage<V>(shared, stage);
     const float carried = shared.powers[n];
-    uint32_t values[4][4], scaled[4][4];
-    bool any_nonfinite = false;
+    shared.full[stage].wait(parity(step, V::kStages));
+    if constexpr (V::kNorm) shared.measured[stage].wait(parity(step, V::kStages));
     float o[32];
-    uint8_t* masked = nullptr;
     if constexpr (V::kOutput) {
-      masked = shared.scores[step % 2];
 #pragma unroll
       for (int batch = 0; batch < kSteps / kBatch; ++batch) {
-        if (batch > 0) round_state(batch);
+        uint32_t left[kBatch][4];
+#pragma unroll
+        for (int x = 0; x < kBatch * 4; ++x) {
+          const int at = batch * kBatch * 8 + x * 2;
+          left[x / 4][x % 4] = pack<Element>(state.s[at], state.s[at + 1]);
+        }
         wgmma_fence();
 #pragma unroll
         for (int x = 0; x < kBatch; ++x) {
           const int at = batch * kBatch + x;
-          wgmma<Element, 64, 0>(o, left[x], descriptor(q_address + at / 4 * kPanelBytes + at % 4 * 32), at > 0);
+          wgmma<Element>(o, left[x], descriptor(shared_address(q) + at / 4 * kPanelBytes + at % 4 * 32), at > 0);
         }
         wgmma_commit();
-        if (batch == 0) {
-          // While these products run, what the next ones need is made.
-          me.mask_scores(scores, masked, stage, n);
-          me.load_values(values, v + me.group * kPanelBytes, n);
-          if (!kOneCopy) me.scale_values(scaled, values, stage, n);
-          any_nonfinite = me.take_out_nonfinite(values);
-        }
         if (batch + 1 < kSteps / kBatch) wgmma_wait<0>();
       }
+    }
 #pragma unroll
-      for (int x = 0; x < V::kD / 2; ++x) state.s[x] *= carried;
-      if (n < kChunk) me.clear_rows(k, n);
-      fence_for_async();
+    for (int x = 0; x < V::kD / 2; ++x) state.s[x] *= carried;
+    if constexpr (V::kOutput) {
       wgmma_wait<0>();
       wgmma_hold(o);
-#pragma unroll
-      for (int x = 0; x < 32; ++x) {
-        const int i = x / 4 * 8 + me.pair + x % 2;
-        float scale = me.reading(i, n);
-        if constexpr (V::kNorm) scale *= shared.row_scale[stage][i];
-        o[x] *= scale;
-      }
-      sync_threads(1, V::kConsumers * kWarpgroup);
-      wgmma_fence();
+      me.scale_output(o, stage, n);
+    }
+    shared.ready[buffer].wait(parity(step, V::kBuffers));
+    wgmma_fence();
+    if constexpr (V::kOutput) {
+      const uint32_t values = shared_address(v) + me.group * kPanelBytes, scores = shared_address(shared.scores[buffer]);
 #pragma unroll
       for (int x = 0; x < 4; ++x)
-        wgmma<Element, 64, 0>(o, values[x], descriptor(shared_address(masked) + x * 32), 1);
+        wgmma<Element, 64, 1, 0>(o, descriptor(values + x * 16 * kPanelRow), descriptor(scores + x * 32), 1);
       wgmma_commit();
-      if constexpr (kOneCopy) {
-        wgmma_wait<0>();
-        wgmma_hold(o);
-        me.load_values(values, v + me.group * kPanelBytes, n);
-        me.scale_values(scaled, values, stage, n);
-        wgmma_fence();
-      }
-    } else {
-      shared.full[stage].wait((step / V::kStages) & 1);
-      if constexpr (V::kNorm) shared.scaled[stage].wait((step / V::kStages) & 1);
-      me.load_values(values, v + me.group * kPanelBytes, n);
-      me.scale_values(scaled, values, stage, n);
-#pragma unroll
-      for (int x = 0; x < V::kD / 2; ++x) state.s[x] *= carried;
-      if (n < kChunk) {
-        me.clear_rows(k, n);
-        fence_for_async();
-        sync_threads(1, V::kConsumers * kWarpgroup);
-      }
-      wgmma_fence();
     }
+    const uint32_t scaled = shared_address(shared.scaled_values[buffer]) + me.group * kPanelBytes;
 #pragma unroll
     for (int x = 0; x < 4; ++x)
-      wgmma<Element, V::kD, 1>(state.s, scaled[x], descriptor(k_address + x * 16 * kPanelRow, kPanelBytes), 1);
+      wgmma<Element, V::kD, 1, 1>(state.s, descriptor(scaled + x * 16 * kPanelRow),
+                                  descriptor(shared_address(k) + x * 16 * kPanelRow, kPanelBytes), 1);
     wgmma_commit();
     if constexpr (V::kOutput) {
-      if constexpr (!kOneCopy) {
-        wgmma_wait<1>();
-        wgmma_hold(o);
-      }
-      if (any_nonfinite) me.put_back_nonfinite(o);
-      me.store_output(o, work, head, work.start + chunk * kChunk, n, d_tile, e);
-      score(min(step + 1, chunks - 1));  // after the last chunk for nothing: a branch would make the products wait
       wgmma_wait<1>();
-      wgmma_hold(state.s);
-      round_state(0);
-      wgmma_wait<0>();
-      wgmma_hold(scores);
-    } else {
-      wgmma_wait<0>();
-      wgmma_hold(state.s);
+      wgmma_hold(o);
+      if (shared.any_nonfinite[buffer]) me.put_back_nonfinite(o, shared.nonfinite[buffer]);
+      me.store_output(o, work, head, work.start + walk.start(step), n, d_tile, e);
     }
-    if (threadIdx.x % 32 == 0) shared.empty[stage].arrive();
+    wgmma_wait<0>();
+    wgmma_hold(state.s);
+    if (threadIdx.x % 32 == 0) {
+      shared.empty[stage].arrive();
+      shared.used[buffer].arrive();
+    }
   }
   if constexpr (V::kOutput) {
     if (work.last && p.final != nullptr) {
@@ -475,22 +488,30 @@ __global__ void __launch_bounds__(V::kThreads, V::kBlocks) pass_kernel(const __g
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < V::kStages; ++stage) {
       shared.full[stage].init(1);
-      shared.scaled[stage].init(kChunk);
-      shared.empty[stage].init(V::kConsumers * 4);
+      shared.measured[stage].init(kChunk);
+      shared.empty[stage].init(V::kAttending * 4);
+    }
+    for (int buffer = 0; buffer < V::kBuffers; ++buffer) {
+      shared.ready[buffer].init(kWarpgroup);
+      shared.used[buffer].init(V::kAttending * 4);
     }
     fence_barrier_init();
   }
   __syncthreads();
-  if (threadIdx.x >= V::kConsumers * kWarpgroup) {
-    fewer_registers<V::kProducerRegisters>();
-    const int thread = threadIdx.x - V::kConsumers * kWarpgroup;
+  const int d_tile = tile / p.e_tiles, e_tile = tile % p.e_tiles;
+  if (threadIdx.x < V::kAttending * kWarpgroup) {
+    more_registers<V::kAttendRegisters>();
+    attend<V>(p, shared, work, head, d_tile, e_tile);
+  } else if (threadIdx.x < (V::kAttending + 1) * kWarpgroup) {
+    set_registers<V::kScoreRegisters, V::kThreads * V::kBlocks>();
+    score<V>(p, shared, work);
+  } else {
+    fewer_registers<V::kFetchRegisters>();
+    const int thread = threadIdx.x - (V::kAttending + 1) * kWarpgroup;
     if (thread == 0)
-      fetch<V>(p, shared, work, head, tile / p.e_tiles, tile % p.e_tiles);
+      fetch<V>(p, shared, work, head, d_tile, e_tile);
     else if (V::kNorm && thread >= 64)
       measure<V>(p, shared, work, thread - 64);
-  } else {
-    more_registers<V::kConsumerRegisters>();
-    consume<V>(p, shared, work, head, tile / p.e_tiles, tile % p.e_tiles);
   }
 }
 

@@ -41,27 +41,19 @@ __device__ inline bool any_nonfinite(uint32_t packed) {
   return (packed & kExponent) == kExponent || (packed >> 16 & kExponent) == kExponent;
 }
 
-// The same of 32 values: what is not finite is NaN when multiplied with zero, and stays so in a sum.
+// The same of 8 values: what is not finite is NaN when multiplied with zero, and stays so in a sum.
 template <class Element>
-__device__ inline bool nonfinite_among(const uint32_t (&words)[4][4]) {
+__device__ inline bool nonfinite_among(const uint4& piece) {
   using Pair = std::conditional_t<std::is_same_v<Element, __nv_bfloat16>, __nv_bfloat162, __half2>;
   const uint32_t zeros = 0;
   const Pair zero = *reinterpret_cast<const Pair*>(&zeros);
   Pair sum = zero;
-#pragma unroll
-  for (int x = 0; x < 16; ++x) sum = __hfma2(*reinterpret_cast<const Pair*>(&words[x / 4][x % 4]), zero, sum);
+  for (const uint32_t word : {piece.x, piece.y, piece.z, piece.w})
+    sum = __hfma2(*reinterpret_cast<const Pair*>(&word), zero, sum);
   return any_nonfinite<Element>(*reinterpret_cast<const uint32_t*>(&sum));
 }
 
-// Four 8 × 8 blocks, read transposed: lane l names the row l % 8 of block l / 8.
-__device__ inline void load_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
-// The reverse.
+// Four 8 × 8 blocks, written transposed: lane l names the row l % 8 of block l / 8.
 __device__ inline void store_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
                "r"(c), "r"(d)

@@ -9,7 +9,7 @@
 #define FOR_EACH_TILE(TILE) \
   TILE(64, 64)              \
   TILE(128, 128)            \
-  TILE(256, 128)
+  TILE(256, 64)
 
 struct Tile {
   int d, e;
@@ -21,7 +21,7 @@ inline Tile tile_of(int d, int e) {
   if (d <= kD && e <= kE) return {kD, kE};
   FOR_EACH_TILE(FITS)
 #undef FITS
-  return d <= 128 ? Tile{128, 128} : Tile{256, 128};
+  return d <= 128 ? Tile{128, 128} : Tile{256, 64};
 }
 
 // The tile of the kernels for float32 and for the gradient of the decay.

@@ -228,7 +228,8 @@ def _segments(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Segments:
     if q.dtype == torch.float32:
         tiles, resident = -(-d // 128) * -(-e // 64), 2
     else:
-        tiles, resident = (1 if d <= 128 else -(-d // 256)) * -(-e // 128), 2 if max(d, e) <= 64 else 1
+        tiles = -(-e // 128) if d <= 128 else -(-d // 256) * -(-e // 64)
+        resident = 2 if max(d, e) <= 64 else 1
     slots = torch.cuda.get_device_properties(q.device).multi_processor_count * resident
     return _cut(q, _segment_length(batch * heads * tiles, tokens, slots), cu_seqlens)
 
