@@ -210,8 +210,8 @@ void states(const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_d
 
 void output(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
             const std::optional<Tensor>& initial, const std::optional<Tensor>& table, const std::optional<Tensor>& carry,
-            const Tensor& out, const std::optional<Tensor>& final, int64_t segment_length, bool reverse, int64_t norm,
-            bool exact) {
+            const Tensor& out, const std::optional<Tensor>& final, const std::optional<Tensor>& through,
+            int64_t segment_length, bool reverse, int64_t norm, bool exact) {
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   const Tile tile = tile_of(k, v);
   PassParams p{};
@@ -237,6 +237,13 @@ void output(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
           "out: expected rows of whole 16 bytes");
     p.out = out.data_ptr();
     p.out_batch = out.stride(0), p.out_head = out.stride(1), p.out_token = out.stride(2);
+  }
+  if (through) {
+    check_same(*through, "through", k.scalar_type(), k);
+    check_shape(*through, "through", {p.batch, heads, p.tokens, p.e});
+    CHECK(p.norm == Norm::kValues && p.e_tiles == 1 && p.out != nullptr, "through: expected out in one part");
+    p.x = tensor_map(*through, "through", heads, &p.x_batch, &p.x_group);
+    p.through = 1;
   }
   if (final) p.final = state_of(*final, "final", k, heads, p.d, p.e, &p.final_strides);
   run(p, k, tile, true, exact, slots);
@@ -321,7 +328,7 @@ STABLE_TORCH_LIBRARY(transnormer_kernels, m) {
       " int segment_length, bool reverse, int norm, bool exact) -> ()");
   m.def(
       "output(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial, Tensor? table, Tensor? carry,"
-      " Tensor(a!) out, Tensor(b!)? final, int segment_length, bool reverse, int norm, bool exact)"
+      " Tensor(a!) out, Tensor(b!)? final, Tensor? through, int segment_length, bool reverse, int norm, bool exact)"
       " -> ()");
   m.def(
       "decay_gradient(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? initial, Tensor? table, Tensor grad_o,"

@@ -30,6 +30,8 @@ struct Segment {
 
 struct PassParams {
   CUtensorMap q, k, v;  // (B, heads, T, width), of 2-byte types
+  CUtensorMap x;  // (B, heads, T, E), with `through`: out is the gradient of x / |x|, and is taken through that
+  int through, x_batch, x_group;
   View q_view, k_view, v_view;  // the same tensors, where the copy engine is not used
   int q_batch, k_batch, v_batch;  // 0: one row of the batch serves all
   int q_group, k_group, v_group;  // query heads that share a head

@@ -30,8 +30,10 @@ struct Variant {
   static constexpr int kThreads = (kAttending + 2) * kWarpgroup;
   static constexpr int kBlocks = kD == 64 ? 2 : 1;  // on a multiprocessor
   static constexpr int kQPanels = kOutput ? kD / kPanel : 0, kKPanels = kD / kPanel, kVPanels = kE / kPanel;
-  static constexpr int kStageBytes = (kQPanels + kKPanels + kVPanels) * kPanelBytes;
-  static constexpr int kStages = kD == 128 ? 3 : 2;
+  static constexpr int kVectorPanels = kOutput && kNorm ? kVPanels : 0;  // of `through`
+  static constexpr int kTileBytes = (kQPanels + kKPanels + kVPanels) * kPanelBytes;
+  static constexpr int kStageBytes = kTileBytes + kVectorPanels * kPanelBytes;
+  static constexpr int kStages = kD == 128 && kVectorPanels == 0 ? 3 : 2;
   static constexpr int kBuffers = 2;  // of what `score` makes
   // The registers of a multiprocessor, shared out: a multiple of 8 for a thread of each kind.
   static constexpr int kFetchRegisters = 40, kScoreRegisters = kBlocks == 2 ? 96 : 120;
@@ -49,6 +51,7 @@ struct alignas(1024) SharedStorage {
   int any_nonfinite[V::kBuffers];
   float powers[kChunk + 1];
   float weights[2 * kChunk];  // λ^|i-j| at i - j + kChunk, or -1 where masked
+  double2 along[V::kVectorPanels > 0 ? 2 : 0][V::kAttending][kChunk];  // of each token: out · x and x · x
   float row_scale[V::kStages][kChunk], column_scale[V::kStages][kChunk];
   Barrier full[V::kStages], measured[V::kStages], empty[V::kStages];
   Barrier ready[V::kBuffers], used[V::kBuffers];
@@ -57,10 +60,10 @@ struct alignas(1024) SharedStorage {
 // Tiles of a stage.
 template <class V>
 struct Stage {
-  uint8_t *q, *k, *v;
+  uint8_t *q, *k, *v, *x;
 
   __device__ Stage(SharedStorage<V>& shared, int stage)
-      : q(shared.stages[stage]), k(q + V::kQPanels * kPanelBytes), v(k + V::kKPanels * kPanelBytes) {}
+      : q(shared.stages[stage]), k(q + V::kQPanels * kPanelBytes), v(k + V::kKPanels * kPanelBytes), x(v + V::kVPanels * kPanelBytes) {}
 };
 
 // The chunks of a segment in the order of the pass.
@@ -84,7 +87,7 @@ __device__ void fetch(const PassParams& p, SharedStorage<V>& shared, const Work&
   for (int step = 0; step < walk.chunks; ++step) {
     const int stage = step % V::kStages, token = work.start + walk.start(step);
     if (step >= V::kStages) shared.empty[stage].wait(parity(step, V::kStages) ^ 1);
-    shared.full[stage].arrive_expecting(V::kStageBytes);
+    shared.full[stage].arrive_expecting(p.through ? V::kStageBytes : V::kTileBytes);
     uint8_t* to = shared.stages[stage];
     for (int i = 0; i < V::kQPanels; ++i, to += kPanelBytes)
       copy_tile(to, p.q, shared.full[stage], d_tile * V::kD + i * kPanel, token, head / p.q_group, work.batch * p.q_batch);
@@ -92,6 +95,8 @@ __device__ void fetch(const PassParams& p, SharedStorage<V>& shared, const Work&
       copy_tile(to, p.k, shared.full[stage], d_tile * V::kD + i * kPanel, token, head / p.k_group, work.batch * p.k_batch);
     for (int i = 0; i < V::kVPanels; ++i, to += kPanelBytes)
       copy_tile(to, p.v, shared.full[stage], e_tile * V::kE + i * kPanel, token, head / p.v_group, work.batch * p.v_batch);
+    for (int i = 0; i < V::kVectorPanels && p.through; ++i, to += kPanelBytes)
+      copy_tile(to, p.x, shared.full[stage], i * kPanel, token, head / p.x_group, work.batch * p.x_batch);
   }
 }
 
@@ -141,14 +146,14 @@ __device__ void measure(const PassParams& p, SharedStorage<V>& shared, const Wor
   for (int step = 0; step < walk.chunks; ++step) {
     const int stage = step % V::kStages;
     shared.full[stage].wait(parity(step, V::kStages));
-    const auto [q, k, v] = Stage<V>(shared, stage);
+    const Stage<V> tile(shared, stage);
     float queries = 1.f, columns;
     if constexpr (V::kOutput)
-      if (p.norm == Norm::kQueriesAndKeys) queries = inverse_length<Element, V::kQPanels>(q, row);
+      if (p.norm == Norm::kQueriesAndKeys) queries = inverse_length<Element, V::kQPanels>(tile.q, row);
     if (p.norm == Norm::kValues)
-      columns = inverse_length<Element, V::kVPanels>(v, row);
+      columns = inverse_length<Element, V::kVPanels>(tile.v, row);
     else
-      columns = inverse_length<Element, V::kKPanels>(k, row);
+      columns = inverse_length<Element, V::kKPanels>(tile.k, row);
     shared.row_scale[stage][row] = queries;
     shared.column_scale[stage][row] = columns;
     fence_for_async();
@@ -277,7 +282,7 @@ __device__ void score(const PassParams& p, SharedStorage<V>& shared, const Work&
   const Walk walk(work, p.reverse);
   for (int step = 0; step < walk.chunks; ++step) {
     const int stage = step % V::kStages, buffer = step % V::kBuffers, n = walk.tokens(step);
-    const auto [q, k, v] = Stage<V>(shared, stage);
+    const Stage<V> tile(shared, stage);
     shared.full[stage].wait(parity(step, V::kStages));
     if constexpr (V::kNorm) shared.measured[stage].wait(parity(step, V::kStages));
     float scores[32];
@@ -286,24 +291,24 @@ __device__ void score(const PassParams& p, SharedStorage<V>& shared, const Work&
 #pragma unroll
       for (int x = 0; x < V::kD / 16; ++x) {
         const int at = x / 4 * kPanelBytes + x % 4 * 32;
-        wgmma<Element, 64, 0, 0>(scores, descriptor(shared_address(q) + at), descriptor(shared_address(k) + at), x > 0);
+        wgmma<Element, 64, 0, 0>(scores, descriptor(shared_address(tile.q) + at), descriptor(shared_address(tile.k) + at), x > 0);
       }
       wgmma_commit();
     }
     if (step >= V::kBuffers) shared.used[buffer].wait(parity(step, V::kBuffers) ^ 1);
-    const bool nonfinite = me.scale_values(v, shared.scaled_values[buffer], stage, n);
+    const bool nonfinite = me.scale_values(tile.v, shared.scaled_values[buffer], stage, n);
     if constexpr (V::kOutput) {
       wgmma_wait<0>();
       wgmma_hold(scores);
       me.mask_scores(scores, shared.scores[buffer], stage, n);
       const bool any = any_thread(1, kWarpgroup, nonfinite);
-      if (any) me.take_out_nonfinite(v, shared.nonfinite[buffer]);
+      if (any) me.take_out_nonfinite(tile.v, shared.nonfinite[buffer]);
       if (me.thread == 0) shared.any_nonfinite[buffer] = any;
-      if (n < kChunk) me.clear_rows(v, V::kVPanels, n);
+      if (n < kChunk) me.clear_rows(tile.v, V::kVPanels, n);
     }
     if (n < kChunk) {
       sync_threads(1, kWarpgroup);  // all have read v
-      me.clear_rows(k, V::kKPanels, n);
+      me.clear_rows(tile.k, V::kKPanels, n);
     }
     fence_for_async();
     shared.ready[buffer].arrive();
@@ -352,8 +357,53 @@ struct Attender {
     }
   }
 
+  // Gradients of unit lengths to gradients of the vectors: (du - (du·u) u) / |x|, equation (4), from shared memory to
+  // global memory. Sums are float64, since the square of a large number overflows.
+  __device__ void through_unit_length(const uint8_t* gradients, const uint8_t* vectors, Element* to, int buffer, int n,
+                                      int e) {
+    constexpr double kMinLength = 1e-6;  // as in ops/numerics.py
+    const uint32_t from = shared_address(gradients), x = shared_address(vectors);
+    auto& along = shared.along[buffer];
+#pragma unroll 1
+    for (int i = thread / 8; i < kChunk; i += kWarpgroup / 8) {
+      const uint4 du_piece = load_piece(from + piece_offset(i, thread % 8)), x_piece = load_piece(x + piece_offset(i, thread % 8));
+      double product = 0., square = 0.;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const float2 du = unpack<Element>((&du_piece.x)[w]), at = unpack<Element>((&x_piece.x)[w]);
+        product += double(du.x) * at.x + double(du.y) * at.y;
+        square += double(at.x) * at.x + double(at.y) * at.y;
+      }
+      for (int lanes = 4; lanes > 0; lanes /= 2) {
+        product += __shfl_xor_sync(~0u, product, lanes);
+        square += __shfl_xor_sync(~0u, square, lanes);
+      }
+      if (thread % 8 == 0) along[group][i] = make_double2(product, square);
+    }
+    sync_threads(4, V::kAttending * kWarpgroup);
+#pragma unroll 1
+    for (int i = thread / 8; i < n; i += kWarpgroup / 8) {
+      if (e + thread % 8 * 8 >= p.e) continue;
+      double product = along[0][i].x, square = along[0][i].y;
+      if constexpr (V::kAttending > 1) product += along[1][i].x, square += along[1][i].y;
+      const double length = fmax(sqrt(square), kMinLength);
+      const float scale = float(1. / length);
+      const double factor = length > kMinLength ? product / square : 0.;  // else divided by a constant
+      uint4 piece = load_piece(from + piece_offset(i, thread % 8));
+      const uint4 x_piece = load_piece(x + piece_offset(i, thread % 8));
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        uint32_t& word = (&piece.x)[w];
+        const float2 du = unpack<Element>(word), at = unpack<Element>((&x_piece.x)[w]);
+        word = pack<Element>((du.x - float(factor * at.x)) * scale, (du.y - float(factor * at.y)) * scale);
+      }
+      *reinterpret_cast<uint4*>(to + i * p.out_token + thread % 8 * 8) = piece;
+    }
+  }
+
   // oᵀ (64 × tokens) of this warpgroup to o (tokens × 64) in global memory.
-  __device__ void store_output(const float (&o)[32], const Work& work, int head, int token, int n, int d_tile, int e) {
+  __device__ void store_output(const float (&o)[32], const Work& work, int head, int token, int n, int d_tile, int e,
+                               const uint8_t* vectors, int buffer) {
     if (p.partial != nullptr) {
       const int64_t base = ((int64_t(d_tile) * p.batch + work.batch) * p.heads + head) * p.tokens + token;
 #pragma unroll
@@ -374,6 +424,8 @@ struct Attender {
     }
     sync_threads(2 + group, kWarpgroup);
     Element* to = static_cast<Element*>(p.out) + work.batch * p.out_batch + head * p.out_head + token * p.out_token + e;
+    if constexpr (V::kVectorPanels > 0)
+      if (p.through) return through_unit_length(shared.out[group], vectors + group * kPanelBytes, to, buffer, n, e);
 #pragma unroll
     for (int x = 0; x < 4; ++x) {
       const int i = x * 16 + thread / 8, piece = thread % 8;
@@ -399,7 +451,7 @@ __device__ void attend(const PassParams& p, SharedStorage<V>& shared, const Work
   const Walk walk(work, p.reverse);
   for (int step = 0; step < walk.chunks; ++step) {
     const int stage = step % V::kStages, buffer = step % V::kBuffers, n = walk.tokens(step);
-    const auto [q, k, v] = Stage<V>(shared, stage);
+    const Stage<V> tile(shared, stage);
     const float carried = shared.powers[n];
     shared.full[stage].wait(parity(step, V::kStages));
     if constexpr (V::kNorm) shared.measured[stage].wait(parity(step, V::kStages));
@@ -417,7 +469,7 @@ __device__ void attend(const PassParams& p, SharedStorage<V>& shared, const Work
 #pragma unroll
         for (int x = 0; x < kBatch; ++x) {
           const int at = batch * kBatch + x;
-          wgmma<Element>(o, left[x], descriptor(shared_address(q) + at / 4 * kPanelBytes + at % 4 * 32), at > 0);
+          wgmma<Element>(o, left[x], descriptor(shared_address(tile.q) + at / 4 * kPanelBytes + at % 4 * 32), at > 0);
         }
         wgmma_commit();
         if (batch + 1 < kSteps / kBatch) wgmma_wait<0>();
@@ -433,7 +485,7 @@ __device__ void attend(const PassParams& p, SharedStorage<V>& shared, const Work
     shared.ready[buffer].wait(parity(step, V::kBuffers));
     wgmma_fence();
     if constexpr (V::kOutput) {
-      const uint32_t values = shared_address(v) + me.group * kPanelBytes, scores = shared_address(shared.scores[buffer]);
+      const uint32_t values = shared_address(tile.v) + me.group * kPanelBytes, scores = shared_address(shared.scores[buffer]);
 #pragma unroll
       for (int x = 0; x < 4; ++x)
         wgmma<Element, 64, 1, 0>(o, descriptor(values + x * 16 * kPanelRow), descriptor(scores + x * 32), 1);
@@ -443,13 +495,13 @@ __device__ void attend(const PassParams& p, SharedStorage<V>& shared, const Work
 #pragma unroll
     for (int x = 0; x < 4; ++x)
       wgmma<Element, V::kD, 1, 1>(state.s, descriptor(scaled + x * 16 * kPanelRow),
-                                  descriptor(shared_address(k) + x * 16 * kPanelRow, kPanelBytes), 1);
+                                  descriptor(shared_address(tile.k) + x * 16 * kPanelRow, kPanelBytes), 1);
     wgmma_commit();
     if constexpr (V::kOutput) {
       wgmma_wait<1>();
       wgmma_hold(o);
       if (shared.any_nonfinite[buffer]) me.put_back_nonfinite(o, shared.nonfinite[buffer]);
-      me.store_output(o, work, head, work.start + walk.start(step), n, d_tile, e);
+      me.store_output(o, work, head, work.start + walk.start(step), n, d_tile, e, tile.x, buffer);
     }
     wgmma_wait<0>();
     wgmma_hold(state.s);

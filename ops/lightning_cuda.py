@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .extension import unavailable_reason as extension_unavailable_reason
 from .numerics import unit_length, unit_length_backward
 
 MAX_WIDTH = 1024
@@ -56,7 +55,9 @@ def _library_unavailable_reason(device: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):
         return f"the GPU has compute capability {major}.{minor}, the kernels are written for 9.0 (Hopper)"
-    reason = extension_unavailable_reason()
+    from .extension import unavailable_reason as unbuilt_reason
+
+    reason = unbuilt_reason()
     if reason is not None:
         warnings.warn(f"the CUDA kernels can't be used, PyTorch's operators are: {reason}", stacklevel=2)
     return reason
@@ -188,13 +189,14 @@ def _attend(
     batch, tokens, width = q.shape[0], q.shape[2], v.shape[3]
     parts = -(-k.shape[3] // (128 if k.dtype == torch.float32 else 256))
     o = v.new_empty((batch, groups, tokens, width))
-    if parts == 1 and groups == heads and through is None:
+    if parts == 1 and groups == heads:
         out = o
     else:
         out = v.new_empty((parts, batch, heads, tokens, width), dtype=torch.float32)
     torch.ops.transnormer_kernels.output(
-        q, k, v, log_decay, initial, segments.table, carry, out, final, segments.length, reverse, norm, _exact()
-    )
+        q, k, v, log_decay, initial, segments.table, carry, out, final, through if out is o else None, segments.length,
+        reverse, norm, _exact(),
+    )  # fmt: skip
     if out is not o:
         torch.ops.transnormer_kernels.combine(out, through, o)
     return o
