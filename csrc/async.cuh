@@ -54,7 +54,7 @@ __device__ inline bool any_thread(int barrier, int threads, bool value) {
   return any;
 }
 
-// Registers of each thread of a warpgroup, of the block's, from here on.
+// Registers of each thread of a warpgroup from here on. More of them must be free in the block, or it waits for ever.
 template <int kCount>
 __device__ inline void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
@@ -63,10 +63,10 @@ template <int kCount>
 __device__ inline void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 }
-// Whichever it is, when `threads` share a multiprocessor's registers evenly at first.
-template <int kCount, int kThreads>
+// Whichever it is.
+template <int kCount, int kFirst>
 __device__ inline void set_registers() {
-  if constexpr (kCount > 65536 / kThreads / 8 * 8)
+  if constexpr (kCount > kFirst)
     more_registers<kCount>();
   else
     fewer_registers<kCount>();

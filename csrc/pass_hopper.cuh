@@ -35,9 +35,11 @@ struct Variant {
   static constexpr int kStageBytes = kTileBytes + kVectorPanels * kPanelBytes;
   static constexpr int kStages = kD == 128 && kVectorPanels == 0 ? 3 : 2;
   static constexpr int kBuffers = 2;  // of what `score` makes
-  // The registers of a multiprocessor, shared out: a multiple of 8 for a thread of each kind.
-  static constexpr int kFetchRegisters = 40, kScoreRegisters = kBlocks == 2 ? 96 : 120;
-  static constexpr int kLeft = (512 / kBlocks - kFetchRegisters - kScoreRegisters) / kAttending / 8 * 8;
+  // Registers of a thread: what a block starts with, a multiple of 8, is shared out among its warpgroups.
+  static constexpr int kFirstRegisters = 65536 / (kThreads * kBlocks) / 8 * 8;
+  static constexpr int kFetchRegisters = 40, kScoreRegisters = kBlocks == 2 ? 88 : 120;
+  static constexpr int kLeft =
+      ((kAttending + 2) * kFirstRegisters - kFetchRegisters - kScoreRegisters) / kAttending / 8 * 8;
   static constexpr int kAttendRegisters = kLeft < 240 ? kLeft : 240;
 };
 
@@ -555,7 +557,7 @@ __global__ void __launch_bounds__(V::kThreads, V::kBlocks) pass_kernel(const __g
     more_registers<V::kAttendRegisters>();
     attend<V>(p, shared, work, head, d_tile, e_tile);
   } else if (threadIdx.x < (V::kAttending + 1) * kWarpgroup) {
-    set_registers<V::kScoreRegisters, V::kThreads * V::kBlocks>();
+    set_registers<V::kScoreRegisters, V::kFirstRegisters>();
     score<V>(p, shared, work);
   } else {
     fewer_registers<V::kFetchRegisters>();

@@ -29,6 +29,7 @@ def test_compiles_without_warnings_and_without_spills(tmp_path: Path) -> None:
     passes = {name: text for name, text in spills.items() if "pass_kernel" in name}
     assert len(passes) == 24
     assert {name: text for name, text in passes.items() if " 0 bytes spill stores" not in text} == {}
+    assert [line for line in report if "(C75" in line] == []  # products that the compiler makes wait for each other
 
 
 @needs_nvcc
