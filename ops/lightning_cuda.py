@@ -51,13 +51,14 @@ def library_unavailable_reason(device: int) -> str | None:
 
 @functools.cache
 def _library_unavailable_reason(device: int) -> str | None:
-    """The same; says once why they could not be built."""
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) != (9, 0):
-        return f"the GPU has compute capability {major}.{minor}, the kernels are written for 9.0 (Hopper)"
+    """The same; says so once."""
     from .extension import unavailable_reason as unbuilt_reason
 
-    reason = unbuilt_reason()
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) == (9, 0):
+        reason = unbuilt_reason()
+    else:
+        reason = f"the GPU has compute capability {major}.{minor}, the kernels are written for 9.0 (Hopper)"
     if reason is not None:
         warnings.warn(f"the CUDA kernels can't be used, PyTorch's operators are: {reason}", stacklevel=2)
     return reason
