@@ -1,7 +1,7 @@
 // One pass of lightning attention over the sequences, for Hopper: equations (1) to (3) of README.md.
 //
 // A block walks through one segment of one head, chunk by chunk, and its warpgroups share the work:
-//   fetch   copies the tiles of q, k and v; with kNorm two of its warps measure their vectors
+//   fetch   copies the tiles of q, k and v; with kNorm three of its warps measure their vectors
 //   score   makes the masked scores (q kᵀ) ⊙ M of a chunk and a copy of v scaled by what it weighs in the state
 //   attend  (one or two) own 64 columns of v each, and keep their part of the state, transposed (E × D), in registers:
 //             oᵀ  =  Sᵀ qᵀ, columns scaled, + vᵀ scoresᵀ           (E × C)
@@ -18,6 +18,7 @@
 
 constexpr int kChunk = 64;  // tokens
 constexpr int kWarpgroup = 128;  // threads
+constexpr int kMeasuring = 96;  // threads
 constexpr int kPanelBytes = kChunk * kPanelRow;
 
 // One compiled kernel. kD, kE: tile of the state; kNorm: divides by lengths; kOutput: without, only states are made.
@@ -33,8 +34,10 @@ struct Variant {
   static constexpr int kVectorPanels = kOutput && kNorm ? kVPanels : 0;  // of `through`
   static constexpr int kTileBytes = (kQPanels + kKPanels + kVPanels) * kPanelBytes;
   static constexpr int kStageBytes = kTileBytes + kVectorPanels * kPanelBytes;
-  static constexpr int kStages = kD == 128 && kVectorPanels == 0 ? 3 : 2;
   static constexpr int kBuffers = 2;  // of what `score` makes
+  // As many stages as fit, with 6 KiB for what is small.
+  static constexpr int kStages =
+      (227 * 1024 / kBlocks - 6 * 1024 - kBuffers * (kVPanels + (kOutput ? 1 : 0)) * kPanelBytes) / kStageBytes;
   // Registers of a thread: what a block starts with, a multiple of 8, is shared out among its warpgroups.
   static constexpr int kFirstRegisters = 65536 / (kThreads * kBlocks) / 8 * 8;
   static constexpr int kFetchRegisters = 40, kScoreRegisters = kBlocks == 2 ? 88 : 120;
@@ -48,7 +51,6 @@ struct alignas(1024) SharedStorage {
   uint8_t stages[V::kStages][V::kStageBytes];
   uint8_t scaled_values[V::kBuffers][V::kVPanels * kPanelBytes];
   uint8_t scores[V::kOutput ? V::kBuffers : 0][kPanelBytes];
-  uint8_t out[V::kOutput ? V::kVPanels : 0][kPanelBytes];
   unsigned long long nonfinite[V::kBuffers][V::kE];  // tokens of the chunk, of each column of v
   int any_nonfinite[V::kBuffers];
   float powers[kChunk + 1];
@@ -110,18 +112,26 @@ __device__ float inverse_length(uint8_t* tile, int row) {
   constexpr float kLeast = kHalf ? 0x1p-8f : 0x1p-80f, kMost = kHalf ? 0x1p12f : 0x1p80f;
   constexpr float kMinLength = 1e-6f;  // shorter vectors are divided by it, as in ops/numerics.py
   const uint32_t base = shared_address(tile);
-  float squares = 0.f, largest = 0.f;
+  float parts[4] = {};  // four sums, so that none waits for the one before
 #pragma unroll 2
+  for (int piece = 0; piece < kPanels * 8; ++piece) {
+    const uint4 x = load_piece(base + piece / 8 * kPanelBytes + piece_offset(row, piece % 8));
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const float2 pair = unpack<Element>((&x.x)[w]);
+      parts[w] = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, parts[w]));
+    }
+  }
+  float squares = (parts[0] + parts[1]) + (parts[2] + parts[3]), largest = 0.f;
+  if (squares >= kLeast && squares <= kMost) return rsqrtf(squares);
   for (int piece = 0; piece < kPanels * 8; ++piece) {
     const uint4 x = load_piece(base + piece / 8 * kPanelBytes + piece_offset(row, piece % 8));
     for (uint32_t word : {x.x, x.y, x.z, x.w}) {
       const float2 pair = unpack<Element>(word);
-      squares += pair.x * pair.x + pair.y * pair.y;
       largest = fmaxf(largest, fmaxf(fabsf(pair.x), fabsf(pair.y)));
     }
   }
-  if ((squares >= kLeast && squares <= kMost) || largest == 0.f || largest > 3.4e38f || squares != squares)
-    return 1.f / fmaxf(sqrtf(squares), kMinLength);
+  if (largest == 0.f || !isfinite(largest) || isnan(squares)) return 1.f / fmaxf(sqrtf(squares), kMinLength);
   int exponent;
   frexpf(largest, &exponent);
   exponent = max(min(exponent, 126), -126);
@@ -140,24 +150,26 @@ __device__ float inverse_length(uint8_t* tile, int row) {
   return 1.f / fmaxf(sqrtf(squares), kMinLength * scale);
 }
 
-// Two warps: the scales of one chunk after another.
+// Three warps: the scales of one chunk after another.
 template <class V>
-__device__ void measure(const PassParams& p, SharedStorage<V>& shared, const Work& work, int row) {
+__device__ void measure(const PassParams& p, SharedStorage<V>& shared, const Work& work, int thread) {
   using Element = typename V::Element;
   const Walk walk(work, p.reverse);
   for (int step = 0; step < walk.chunks; ++step) {
     const int stage = step % V::kStages;
     shared.full[stage].wait(parity(step, V::kStages));
     const Stage<V> tile(shared, stage);
-    float queries = 1.f, columns;
-    if constexpr (V::kOutput)
-      if (p.norm == Norm::kQueriesAndKeys) queries = inverse_length<Element, V::kQPanels>(tile.q, row);
-    if (p.norm == Norm::kValues)
-      columns = inverse_length<Element, V::kVPanels>(tile.v, row);
-    else
-      columns = inverse_length<Element, V::kKPanels>(tile.k, row);
-    shared.row_scale[stage][row] = queries;
-    shared.column_scale[stage][row] = columns;
+    const bool queries = V::kOutput && p.norm == Norm::kQueriesAndKeys;
+    for (int x = thread; x < 2 * kChunk; x += kMeasuring) {
+      const int row = x % kChunk;
+      if (x < kChunk) {
+        shared.column_scale[stage][row] = p.norm == Norm::kValues
+                                              ? inverse_length<Element, V::kVPanels>(tile.v, row)
+                                              : inverse_length<Element, V::kKPanels>(tile.k, row);
+      } else if constexpr (V::kOutput) {
+        shared.row_scale[stage][row] = queries ? inverse_length<Element, V::kQPanels>(tile.q, row) : 1.f;
+      }
+    }
     fence_for_async();
     shared.measured[stage].arrive();
   }
@@ -403,9 +415,9 @@ struct Attender {
     }
   }
 
-  // oᵀ (64 × tokens) of this warpgroup to o (tokens × 64) in global memory.
+  // oᵀ (64 × tokens) of this warpgroup to o (tokens × 64) in global memory, by way of shared memory that nobody needs.
   __device__ void store_output(const float (&o)[32], const Work& work, int head, int token, int n, int d_tile, int e,
-                               const uint8_t* vectors, int buffer) {
+                               uint8_t* staging, const uint8_t* vectors, int buffer) {
     if (p.partial != nullptr) {
       const int64_t base = ((int64_t(d_tile) * p.batch + work.batch) * p.heads + head) * p.tokens + token;
 #pragma unroll
@@ -415,7 +427,7 @@ struct Attender {
       }
       return;
     }
-    const uint32_t base = shared_address(shared.out[group]);
+    const uint32_t base = shared_address(staging);
     const int lane = thread % 32, block = lane / 8;
 #pragma unroll
     for (int x = 0; x < 32; x += 8) {
@@ -427,7 +439,7 @@ struct Attender {
     sync_threads(2 + group, kWarpgroup);
     Element* to = static_cast<Element*>(p.out) + work.batch * p.out_batch + head * p.out_head + token * p.out_token + e;
     if constexpr (V::kVectorPanels > 0)
-      if (p.through) return through_unit_length(shared.out[group], vectors + group * kPanelBytes, to, buffer, n, e);
+      if (p.through) return through_unit_length(staging, vectors + group * kPanelBytes, to, buffer, n, e);
 #pragma unroll
     for (int x = 0; x < 4; ++x) {
       const int i = x * 16 + thread / 8, piece = thread % 8;
@@ -503,10 +515,13 @@ __device__ void attend(const PassParams& p, SharedStorage<V>& shared, const Work
       wgmma_wait<1>();
       wgmma_hold(o);
       if (shared.any_nonfinite[buffer]) me.put_back_nonfinite(o, shared.nonfinite[buffer]);
-      me.store_output(o, work, head, work.start + walk.start(step), n, d_tile, e, tile.x, buffer);
+      me.store_output(o, work, head, work.start + walk.start(step), n, d_tile, e,
+                      tile.q + me.group * kPanelBytes, tile.x, buffer);
     }
     wgmma_wait<0>();
     wgmma_hold(state.s);
+    fence_for_async();  // of what was written over q, before the next copy
+    __syncwarp();
     if (threadIdx.x % 32 == 0) {
       shared.empty[stage].arrive();
       shared.used[buffer].arrive();
@@ -542,7 +557,7 @@ __global__ void __launch_bounds__(V::kThreads, V::kBlocks) pass_kernel(const __g
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < V::kStages; ++stage) {
       shared.full[stage].init(1);
-      shared.measured[stage].init(kChunk);
+      shared.measured[stage].init(kMeasuring);
       shared.empty[stage].init(V::kAttending * 4);
     }
     for (int buffer = 0; buffer < V::kBuffers; ++buffer) {
@@ -564,8 +579,8 @@ __global__ void __launch_bounds__(V::kThreads, V::kBlocks) pass_kernel(const __g
     const int thread = threadIdx.x - (V::kAttending + 1) * kWarpgroup;
     if (thread == 0)
       fetch<V>(p, shared, work, head, d_tile, e_tile);
-    else if (V::kNorm && thread >= 64)
-      measure<V>(p, shared, work, thread - 64);
+    else if (V::kNorm && thread >= kWarpgroup - kMeasuring)
+      measure<V>(p, shared, work, thread - (kWarpgroup - kMeasuring));
   }
 }
 
@@ -573,7 +588,7 @@ __global__ void __launch_bounds__(V::kThreads, V::kBlocks) pass_kernel(const __g
 template <class V>
 cudaError_t launch_pass(const PassParams& p, int64_t blocks, cudaStream_t stream) {
   constexpr int kBytes = sizeof(SharedStorage<V>);
-  static_assert(kBytes <= 227 * 1024);
+  static_assert(kBytes <= 227 * 1024 / V::kBlocks);
   cudaError_t error = cudaFuncSetAttribute(pass_kernel<V>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   pass_kernel<V><<<dim3(blocks), V::kThreads, kBytes, stream>>>(p);
