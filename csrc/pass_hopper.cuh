@@ -415,7 +415,7 @@ struct Attender {
     }
   }
 
-  // oᵀ (64 × tokens) of this warpgroup to o (tokens × 64) in global memory, by way of shared memory that nobody needs.
+  // oᵀ (64 × tokens) of this warpgroup to o (tokens × 64) in global memory, by way of its own panel of v, which is used up.
   __device__ void store_output(const float (&o)[32], const Work& work, int head, int token, int n, int d_tile, int e,
                                uint8_t* staging, const uint8_t* vectors, int buffer) {
     if (p.partial != nullptr) {
@@ -516,11 +516,11 @@ __device__ void attend(const PassParams& p, SharedStorage<V>& shared, const Work
       wgmma_hold(o);
       if (shared.any_nonfinite[buffer]) me.put_back_nonfinite(o, shared.nonfinite[buffer]);
       me.store_output(o, work, head, work.start + walk.start(step), n, d_tile, e,
-                      tile.q + me.group * kPanelBytes, tile.x, buffer);
+                      tile.v + me.group * kPanelBytes, tile.x, buffer);
     }
     wgmma_wait<0>();
     wgmma_hold(state.s);
-    fence_for_async();  // of what was written over q, before the next copy
+    fence_for_async();  // of what was written over v, before the next copy
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
       shared.empty[stage].arrive();
