@@ -53,6 +53,7 @@ struct alignas(1024) SharedStorage {
   uint8_t scores[V::kOutput ? V::kBuffers : 0][kPanelBytes];
   unsigned long long nonfinite[V::kBuffers][V::kE];  // tokens of the chunk, of each column of v
   int any_nonfinite[V::kBuffers];
+  float reading[V::kBuffers][kChunk];  // what token i reads the state with
   float powers[kChunk + 1];
   float weights[2 * kChunk];  // λ^|i-j| at i - j + kChunk, or -1 where masked
   double2 along[V::kVectorPanels > 0 ? 2 : 0][V::kAttending][kChunk];  // of each token: out · x and x · x
@@ -222,7 +223,8 @@ struct Scorer {
   __device__ int column(int x) const { return x / 4 * kPanel + thread % 8 * 8; }
   __device__ int offset(int x) const { return x / 4 * kPanelBytes + piece_offset(token(x), thread % 8); }
 
-  // λ^… with which token j is written to the state, in a chunk of n tokens.
+  // λ^… with which token i reads the state and token j is written to it, in a chunk of n tokens.
+  __device__ float reading(int i, int n) const { return shared.powers[p.reverse ? max(n - 1 - i, 0) : i + 1]; }
   __device__ float writing(int j, int n) const { return shared.powers[p.reverse ? j + 1 : max(n - 1 - j, 0)]; }
 
   // Returns whether a value of this thread is not finite.
@@ -318,6 +320,11 @@ __device__ void score(const PassParams& p, SharedStorage<V>& shared, const Work&
       const bool any = any_thread(1, kWarpgroup, nonfinite);
       if (any) me.take_out_nonfinite(tile.v, shared.nonfinite[buffer]);
       if (me.thread == 0) shared.any_nonfinite[buffer] = any;
+      if (me.thread < kChunk) {
+        float factor = me.reading(me.thread, n);
+        if constexpr (V::kNorm) factor *= shared.row_scale[stage][me.thread];
+        shared.reading[buffer][me.thread] = factor;
+      }
       if (n < kChunk) me.clear_rows(tile.v, V::kVPanels, n);
     }
     if (n < kChunk) {
@@ -346,17 +353,15 @@ struct Attender {
         row(thread % 32 / 4),
         pair(2 * (thread % 4)) {}
 
-  // Times λ^… with which token i reads the state, in a chunk of n tokens.
-  __device__ void scale_output(float (&o)[32], int stage, int n) {
+  // Times what each token reads the state with.
+  __device__ void scale_output(float (&o)[32], const float (&reading)[kChunk]) {
 #pragma unroll
     for (int x = 0; x < 32; x += 4) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int i = x / 4 * 8 + pair + c;
-        float factor = shared.powers[p.reverse ? max(n - 1 - i, 0) : i + 1];
-        if constexpr (V::kNorm) factor *= shared.row_scale[stage][i];
-        o[x + c] *= factor;
-        o[x + c + 2] *= factor;
+        o[x + c] *= reading[i];
+        o[x + c + 2] *= reading[i];
       }
     }
   }
@@ -491,12 +496,12 @@ __device__ void attend(const PassParams& p, SharedStorage<V>& shared, const Work
     }
 #pragma unroll
     for (int x = 0; x < V::kD / 2; ++x) state.s[x] *= carried;
+    shared.ready[buffer].wait(parity(step, V::kBuffers));
     if constexpr (V::kOutput) {
       wgmma_wait<0>();
       wgmma_hold(o);
-      me.scale_output(o, stage, n);
+      me.scale_output(o, shared.reading[buffer]);
     }
-    shared.ready[buffer].wait(parity(step, V::kBuffers));
     wgmma_fence();
     if constexpr (V::kOutput) {
       const uint32_t values = shared_address(tile.v) + me.group * kPanelBytes, scores = shared_address(shared.scores[buffer]);
