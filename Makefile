@@ -20,6 +20,7 @@ test: check
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cu csrc/*.cuh csrc/*.cpp csrc/*.h
 	$(BIN)/mypy
 
 # Anew whenever the requirements change; the constraints name every tested version, which makes it repeatable.

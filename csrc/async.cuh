@@ -46,11 +46,10 @@ __device__ inline void sync_threads(int barrier, int threads) {
 // The same, and whether any of them says so.
 __device__ inline bool any_thread(int barrier, int threads, bool value) {
   int any;
-  asm volatile(
-      "{ .reg .pred p, q; setp.ne.b32 p, %3, 0; bar.red.or.pred q, %1, %2, p; selp.b32 %0, 1, 0, q; }"
-      : "=r"(any)
-      : "r"(barrier), "r"(threads), "r"(int(value))
-      : "memory");
+  asm volatile("{ .reg .pred p, q; setp.ne.b32 p, %3, 0; bar.red.or.pred q, %1, %2, p; selp.b32 %0, 1, 0, q; }"
+               : "=r"(any)
+               : "r"(barrier), "r"(threads), "r"(int(value))
+               : "memory");
   return any;
 }
 
@@ -76,8 +75,8 @@ __device__ inline void set_registers() {
 __device__ inline void copy_tile(void* to, const CUtensorMap& map, Barrier& barrier, int column, int token, int head,
                                  int batch) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::
-          "r"(shared_address(to)),
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(shared_address(to)),
       "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(token), "r"(head), "r"(batch)
       : "memory");
 }

@@ -125,11 +125,13 @@ Tile tile_of(const Tensor& k, const Tensor& v) {
 
 // What passes with and without output share. Returns the number of segments.
 int64_t fill(PassParams& p, const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
-             const std::optional<Tensor>& initial, const std::optional<Tensor>& table, const std::optional<Tensor>& carry,
-             int64_t heads, int64_t segment_length, bool reverse, int64_t norm, Tile tile) {
+             const std::optional<Tensor>& initial, const std::optional<Tensor>& table,
+             const std::optional<Tensor>& carry, int64_t heads, int64_t segment_length, bool reverse, int64_t norm,
+             Tile tile) {
   element_type(k, "k");
   check_same(v, "v", k.scalar_type(), k);
-  CHECK(segment_length > 0 && segment_length % 64 == 0, "segment_length: expected a multiple of 64, got ", segment_length);
+  CHECK(segment_length > 0 && segment_length % 64 == 0, "segment_length: expected a multiple of 64, got ",
+        segment_length);
   p.batch = k.size(0), p.heads = heads, p.tokens = k.size(2), p.d = k.size(3), p.e = v.size(3);
   check_shape(v, "v", {p.batch, v.size(1), p.tokens, p.e});
   if (tile.d == kFloat32Tile.d && tile.e == kFloat32Tile.e) {
@@ -197,8 +199,8 @@ void plan(const Tensor& cu_seqlens, int64_t tokens, int64_t segment_length, cons
 }
 
 void states(const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
-            const std::optional<Tensor>& initial, const std::optional<Tensor>& table, const Tensor& carry, int64_t heads,
-            int64_t segment_length, bool reverse, int64_t norm, bool exact) {
+            const std::optional<Tensor>& initial, const std::optional<Tensor>& table, const Tensor& carry,
+            int64_t heads, int64_t segment_length, bool reverse, int64_t norm, bool exact) {
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   const Tile tile = tile_of(k, v);
   PassParams p{};
@@ -209,9 +211,9 @@ void states(const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_d
 }
 
 void output(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
-            const std::optional<Tensor>& initial, const std::optional<Tensor>& table, const std::optional<Tensor>& carry,
-            const Tensor& out, const std::optional<Tensor>& final, const std::optional<Tensor>& through,
-            int64_t segment_length, bool reverse, int64_t norm, bool exact) {
+            const std::optional<Tensor>& initial, const std::optional<Tensor>& table,
+            const std::optional<Tensor>& carry, const Tensor& out, const std::optional<Tensor>& final,
+            const std::optional<Tensor>& through, int64_t segment_length, bool reverse, int64_t norm, bool exact) {
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   const Tile tile = tile_of(k, v);
   PassParams p{};
@@ -293,8 +295,8 @@ void combine(const Tensor& partial, const std::optional<Tensor>& x, const Tensor
   check_cuda(run_combine(p, element_type(out, "out"), stream_of(out)));
 }
 
-void step(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay, const Tensor& state,
-          const Tensor& out) {
+void step(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
+          const Tensor& state, const Tensor& out) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   StepParams p{};
   p.batch = q.size(0), p.heads = q.size(1), p.d = q.size(3), p.e = v.size(3);
@@ -334,8 +336,7 @@ STABLE_TORCH_LIBRARY(transnormer_kernels, m) {
       "decay_gradient(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? initial, Tensor? table, Tensor grad_o,"
       " Tensor grad_state, Tensor(a!) parts, bool exact) -> ()");
   m.def("combine(Tensor partial, Tensor? x, Tensor(a!) out) -> ()");
-  m.def(
-      "step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, Tensor(b!) out) -> ()");
+  m.def("step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, Tensor(b!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transnormer_kernels, CUDA, m) {

@@ -41,8 +41,7 @@ __global__ void combine_kernel(const CombineParams p) {
     }
   }
   if constexpr (kNorm) {
-    const Element* from =
-        static_cast<const Element*>(p.x) + batch * p.x_batch + group * p.x_head + token * p.x_token;
+    const Element* from = static_cast<const Element*>(p.x) + batch * p.x_batch + group * p.x_head + token * p.x_token;
     float largest = 0.f, squares = 0.f, parallel = 0.f;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {

@@ -7,7 +7,7 @@
 
 struct CombineParams {
   const float* partial;  // (parts, B, H, T, width)
-  const void* x;  // (B, G, T, width) whose unit length was taken, or null
+  const void* x;         // (B, G, T, width) whose unit length was taken, or null
   int64_t x_batch, x_head, x_token;
   void* out;  // (B, G, T, width) contiguous
   int parts, batch, heads, groups, tokens, width;

@@ -30,20 +30,20 @@ struct Segment {
 
 struct PassParams {
   CUtensorMap q, k, v;  // (B, heads, T, width), of 2-byte types
-  CUtensorMap x;  // (B, heads, T, E), with `through`: out is the gradient of x / |x|, and is taken through that
+  CUtensorMap x;        // (B, heads, T, E), with `through`: out is the gradient of x / |x|, and is taken through that
   int through, x_batch, x_group;
-  View q_view, k_view, v_view;  // the same tensors, where the copy engine is not used
+  View q_view, k_view, v_view;    // the same tensors, where the copy engine is not used
   int q_batch, k_batch, v_batch;  // 0: one row of the batch serves all
   int q_group, k_group, v_group;  // query heads that share a head
-  void* out;  // (B, H, T, E) in the inputs' type
+  void* out;                      // (B, H, T, E) in the inputs' type
   int64_t out_batch, out_head, out_token;
-  float* partial;  // or (tiles of D, B, H, T, E) in float32, to be added up
+  float* partial;          // or (tiles of D, B, H, T, E) in float32, to be added up
   const float* log_decay;  // (H,) or null
-  const float* initial;  // null: zeros
+  const float* initial;    // null: zeros
   StateStrides initial_strides;
-  float* final;  // may be null
+  float* final;                // may be null
   StateStrides final_strides;  // also of final_grad
-  View grad_view;  // gradients of the output and the final state, for that of the decay
+  View grad_view;              // gradients of the output and the final state, for that of the decay
   const float* final_grad;
   float* carry;  // (B × segments, H, D, E): the state after each segment
   StateStrides carry_strides;

@@ -2,12 +2,12 @@
 //
 // The same walk as in pass_hopper.cuh with plain loads: a block of four warps keeps a tile Sᵀ (64 columns of v × 128 of
 // k) in registers, each warp 16 rows. An accumulator of one product is the left operand of the next without a move: a
-// thread holds columns 2 t and 2 t + 1 of an 8 × 8 block where a left operand wants t and t + 4, so the sum over a block
-// runs in that order, for both operands alike.
+// thread holds columns 2 t and 2 t + 1 of an 8 × 8 block where a left operand wants t and t + 4, so the sum over a
+// block runs in that order, for both operands alike.
 //
-// kExact: each operand is split in two tf32 numbers, a b ≈ a₁ b₁ + a₁ b₂ + a₂ b₁, as exact as float32 (Ootomo and Yokota
-// 2022, arXiv:2203.03341). kDecay: makes no output but its derivative by log λ, multiplied with do and summed: with R the
-// derivative of S, equations (8) to (10) of README.md.
+// kExact: each operand is split in two tf32 numbers, a b ≈ a₁ b₁ + a₁ b₂ + a₂ b₁, as exact as float32 (Ootomo and
+// Yokota 2022, arXiv:2203.03341). kDecay: makes no output but its derivative by log λ, multiplied with do and summed:
+// with R the derivative of S, equations (8) to (10) of README.md.
 #pragma once
 
 #include <climits>
@@ -78,7 +78,8 @@ __device__ inline void multiply(float (&d)[4], const Operand<4, kExact>& a, cons
 template <class Element, int kColumns, int kRow>
 __device__ inline void load_tile(float (&to)[kTokens][kRow], const View& x, int batch, int head, int64_t token, int n,
                                  int column, int width) {
-  const Element* from = static_cast<const Element*>(x.data) + batch * x.batch + head * x.head + token * x.token + column;
+  const Element* from =
+      static_cast<const Element*>(x.data) + batch * x.batch + head * x.head + token * x.token + column;
   for (int at = threadIdx.x; at < kTokens * kColumns; at += kBlockThreads) {
     const int row = at / kColumns, c = at % kColumns;
     to[row][c] = row < n && column + c < width ? float(from[row * x.token + c]) : 0.f;
@@ -161,7 +162,8 @@ __global__ void __launch_bounds__(kBlockThreads, kMake == Make::kDecayGradient ?
       }
 #pragma unroll
       for (int x = 0; x < kTokens / 2; ++x) {
-        const int i = warp * 16 + row + x / 2 % 2 * 8, j = x / 4 * 8 + pair + x % 2, distance = p.reverse ? j - i : i - j;
+        const int i = warp * 16 + row + x / 2 % 2 * 8, j = x / 4 * 8 + pair + x % 2,
+                  distance = p.reverse ? j - i : i - j;
         float weight = power(log2_lambda, max(distance, 0));
         if constexpr (kDecay) weight *= distance;
         shared.scores[i][j] = distance < 0 || j >= n ? 0.f : scores[x / 4][x % 4] * weight;
@@ -216,12 +218,14 @@ __global__ void __launch_bounds__(kBlockThreads, kMake == Make::kDecayGradient ?
         if (i >= n || column >= p.e) continue;
         if constexpr (kDecay) {
           const View& g = p.grad_view;
-          total += y * float(static_cast<const Element*>(g.data)[work.batch * g.batch + head * g.head + (token + i) * g.token + column]);
+          total += y * float(static_cast<const Element*>(
+                           g.data)[work.batch * g.batch + head * g.head + (token + i) * g.token + column]);
         } else if (p.partial != nullptr) {
           const int64_t part = int64_t(tile / p.e_tiles) * p.batch + work.batch;
           p.partial[((part * p.heads + head) * p.tokens + token + i) * p.e + column] = y;
         } else {
-          static_cast<float*>(p.out)[work.batch * p.out_batch + head * p.out_head + (token + i) * p.out_token + column] = y;
+          static_cast<float*>(
+              p.out)[work.batch * p.out_batch + head * p.out_head + (token + i) * p.out_token + column] = y;
         }
       }
     }
@@ -258,7 +262,8 @@ __global__ void __launch_bounds__(kBlockThreads, kMake == Make::kDecayGradient ?
     for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(~0u, total, lanes);
     if (threadIdx.x % 32 == 0) shared.sums[warp] = total;
     __syncthreads();
-    if (threadIdx.x == 0) p.partial[blockIdx.x] = (shared.sums[0] + shared.sums[1] + shared.sums[2] + shared.sums[3]) * shared.powers[0];
+    if (threadIdx.x == 0)
+      p.partial[blockIdx.x] = (shared.sums[0] + shared.sums[1] + shared.sums[2] + shared.sums[3]) * shared.powers[0];
   } else if constexpr (kOutput) {
     if (!work.last || p.final == nullptr) return;
     __syncthreads();

@@ -5,10 +5,10 @@
 
 struct Work {
   int sequence, batch, start, length;
-  int slot;  // of the segment in the list of all segments
-  int carry;  // where the state after it lies
+  int slot;          // of the segment in the list of all segments
+  int carry;         // where the state after it lies
   bool first, last;  // in the direction of the pass
-  bool valid;  // whether cu_seqlens rises from 0 to T
+  bool valid;        // whether cu_seqlens rises from 0 to T
 };
 
 // Segment `slot`; false where the list is shorter.

@@ -1,5 +1,5 @@
-// S ← λ S + kᵀ v, o = q S: equation (8) of README.md. A block takes 32 columns of one head's state, a thread 4 of them in
-// every 32nd row.
+// S ← λ S + kᵀ v, o = q S: equation (8) of README.md. A block takes 32 columns of one head's state, a thread 4 of them
+// in every 32nd row.
 #include "step.h"
 
 #include <cuda_bf16.h>

@@ -11,8 +11,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-constexpr int kPanel = 64;        // columns
-constexpr int kPanelRow = 128;    // bytes
+constexpr int kPanel = 64;      // columns
+constexpr int kPanelRow = 128;  // bytes
 
 __device__ inline int piece_offset(int row, int piece) { return row * kPanelRow + ((piece ^ (row & 7)) << 4); }
 

@@ -1,8 +1,8 @@
 // Matrix products of Hopper's tensor cores: one warpgroup multiplies a 64 × 16 by a 16 × N tile into float32 registers.
 //
-// The operand lists are long because inline PTX names every register. Thread `lane` of warp w of the warpgroup holds, of
-// the 64 × N result, rows 16 w + lane / 4 (d[4 n], d[4 n + 1]) and 8 more (d[4 n + 2], d[4 n + 3]), columns
-// 8 n + 2 (lane % 4) and the next. Source: PTX ISA, "Asynchronous warpgroup level matrix instructions".
+// The operand lists are long because inline PTX names every register. Thread `lane` of warp w of the warpgroup holds,
+// of the 64 × N result, rows 16 w + lane / 4 (d[4 n], d[4 n + 1]) and 8 more (d[4 n + 2], d[4 n + 3]), columns 8 n + 2
+// (lane % 4) and the next. Source: PTX ISA, "Asynchronous warpgroup level matrix instructions".
 #pragma once
 
 #include <cstdint>
@@ -31,9 +31,11 @@ __device__ inline void wgmma_hold(float (&d)[kCount]) {
 // columns of the result follow after `panel_bytes`.
 __device__ inline uint64_t descriptor(uint32_t shared_address, uint32_t panel_bytes = 16) {
   constexpr uint64_t kSwizzle128 = 1ull << 62;
-  return kSwizzle128 | (uint64_t(1024 >> 4) << 32) | (uint64_t(panel_bytes >> 4) << 16) | ((shared_address & 0x3FFFF) >> 4);
+  return kSwizzle128 | (uint64_t(1024 >> 4) << 32) | (uint64_t(panel_bytes >> 4) << 16) |
+         ((shared_address & 0x3FFFF) >> 4);
 }
 
+// clang-format off
 #define WGMMA_SHARED_64(TYPE)                                                                                            \
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; "                                                                 \
                "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {"                                          \
@@ -105,7 +107,7 @@ __device__ inline uint64_t descriptor(uint32_t shared_address, uint32_t panel_by
                  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
                  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])  \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kTransposeB))
-
+// clang-format on
 
 #define WGMMA_BY_TYPE(MACRO)                            \
   if constexpr (std::is_same_v<Element, __nv_bfloat16>) \
@@ -113,7 +115,8 @@ __device__ inline uint64_t descriptor(uint32_t shared_address, uint32_t panel_by
   else                                                  \
     MACRO("f16")
 
-// d (64 × N) = a b, or d + a b if `add`; a and b in shared memory. Their rows lie along K, or with kTranspose across it.
+// d (64 × N) = a b, or d + a b if `add`; a and b in shared memory. Their rows lie along K, or with kTranspose across
+// it.
 template <class Element, int N, int kTransposeA, int kTransposeB>
 __device__ inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int add) {
   static_assert(N == 64 || N == 128 || N == 256);
