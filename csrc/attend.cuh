@@ -83,7 +83,6 @@ struct Attender {
   // global memory. Sums are float64, since the square of a large number overflows.
   __device__ void through_unit_length(const uint8_t* gradients, const uint8_t* vectors, Element* to, int buffer, int n,
                                       int e) {
-    constexpr double kMinLength = 1e-6;  // as in ops/numerics.py
     const uint32_t from = shared_address(gradients), x = shared_address(vectors);
     auto& along = shared.along[buffer];
 #pragma unroll 1

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <string>
 
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -103,14 +104,6 @@ CUtensorMap tensor_map(const Tensor& x, const char* name, int64_t query_heads, i
   return map;
 }
 
-float* state_of(const Tensor& x, const char* name, const Tensor& like, int64_t heads, int64_t d, int64_t e,
-                StateStrides* strides) {
-  check_same(x, name, ScalarType::Float, like);
-  check_shape(x, name, {x.size(0), heads, d, e});
-  *strides = {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
-  return static_cast<float*>(x.data_ptr());
-}
-
 // The same for the kernels that read memory by themselves.
 View view_of(const Tensor& x, const char* name, int64_t query_heads, int* group) {
   CHECK(x.dim() == 4 && x.stride(3) == 1, name, ": expected 4 dims, the last one contiguous");
@@ -119,28 +112,37 @@ View view_of(const Tensor& x, const char* name, int64_t query_heads, int* group)
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-Tile tile_of(const Tensor& k, const Tensor& v) {
-  return k.scalar_type() == ScalarType::Float ? kFloat32Tile : ::tile_of(k.size(3), v.size(3));
+float* state_of(const Tensor& x, const char* name, const Tensor& like, int64_t heads, int64_t d, int64_t e,
+                StateStrides* strides) {
+  check_same(x, name, ScalarType::Float, like);
+  check_shape(x, name, {x.size(0), heads, d, e});
+  *strides = {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+  return static_cast<float*>(x.data_ptr());
 }
+
+// Whether the passes of k's type fetch their tiles by the copy engine.
+bool copied(const Tensor& k) { return k.scalar_type() != ScalarType::Float; }
+
+Tile tile_of(const Tensor& k, const Tensor& v) { return copied(k) ? ::tile_of(k.size(3), v.size(3)) : kFloat32Tile; }
 
 // What passes with and without output share. Returns the number of segments.
 int64_t fill(PassParams& p, const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
              const std::optional<Tensor>& initial, const std::optional<Tensor>& table,
              const std::optional<Tensor>& carry, int64_t heads, int64_t segment_length, bool reverse, int64_t norm,
-             Tile tile) {
+             Tile tile, bool copy_engine) {
   element_type(k, "k");
   check_same(v, "v", k.scalar_type(), k);
   CHECK(segment_length > 0 && segment_length % 64 == 0, "segment_length: expected a multiple of 64, got ",
         segment_length);
   p.batch = k.size(0), p.heads = heads, p.tokens = k.size(2), p.d = k.size(3), p.e = v.size(3);
   check_shape(v, "v", {p.batch, v.size(1), p.tokens, p.e});
-  if (tile.d == kFloat32Tile.d && tile.e == kFloat32Tile.e) {
+  if (copy_engine) {
+    p.k = tensor_map(k, "k", heads, &p.k_batch, &p.k_group);
+    p.v = tensor_map(v, "v", heads, &p.v_batch, &p.v_group);
+  } else {
     p.k_view = view_of(k, "k", heads, &p.k_group);
     p.v_view = view_of(v, "v", heads, &p.v_group);
     CHECK(norm == 0, "norm: expected none");
-  } else {
-    p.k = tensor_map(k, "k", heads, &p.k_batch, &p.k_group);
-    p.v = tensor_map(v, "v", heads, &p.v_batch, &p.v_group);
   }
   p.log_decay = log_decay_of(log_decay, k, heads);
   p.segment_length = segment_length;
@@ -204,7 +206,8 @@ void states(const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_d
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   const Tile tile = tile_of(k, v);
   PassParams p{};
-  const int64_t slots = fill(p, k, v, log_decay, initial, table, carry, heads, segment_length, reverse, norm, tile);
+  const int64_t slots =
+      fill(p, k, v, log_decay, initial, table, carry, heads, segment_length, reverse, norm, tile, copied(k));
   CHECK(carry.is_contiguous(), "carry: expected contiguous");
   run(p, k, tile, false, exact, slots);
   check_cuda(run_scan(p, slots, stream_of(k)));
@@ -218,13 +221,14 @@ void output(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   const Tile tile = tile_of(k, v);
   PassParams p{};
   const int64_t heads = out.size(out.dim() - 3);
-  const int64_t slots = fill(p, k, v, log_decay, initial, table, carry, heads, segment_length, reverse, norm, tile);
+  const int64_t slots =
+      fill(p, k, v, log_decay, initial, table, carry, heads, segment_length, reverse, norm, tile, copied(k));
   check_same(q, "q", k.scalar_type(), k);
   check_shape(q, "q", {p.batch, q.size(1), p.tokens, p.d});
-  if (k.scalar_type() == ScalarType::Float)
-    p.q_view = view_of(q, "q", heads, &p.q_group);
-  else
+  if (copied(k))
     p.q = tensor_map(q, "q", heads, &p.q_batch, &p.q_group);
+  else
+    p.q_view = view_of(q, "q", heads, &p.q_group);
   if (out.dim() == 5) {
     check_same(out, "out", ScalarType::Float, k);
     check_shape(out, "out", {p.d_tiles, p.batch, heads, p.tokens, p.e});
@@ -234,8 +238,8 @@ void output(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
     check_same(out, "out", k.scalar_type(), k);
     check_shape(out, "out", {p.batch, heads, p.tokens, p.e});
     CHECK(p.d_tiles == 1, "out: expected parts in float32");
-    CHECK(out.stride(3) == 1 && (k.scalar_type() == ScalarType::Float ||
-                                 (out.stride(2) % 8 == 0 && out.stride(1) % 8 == 0 && out.stride(0) % 8 == 0)),
+    CHECK(out.stride(3) == 1 &&
+              (!copied(k) || (out.stride(2) % 8 == 0 && out.stride(1) % 8 == 0 && out.stride(0) % 8 == 0)),
           "out: expected rows of whole 16 bytes");
     p.out = out.data_ptr();
     p.out_batch = out.stride(0), p.out_head = out.stride(1), p.out_token = out.stride(2);
@@ -257,7 +261,7 @@ void decay_gradient(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   const int64_t heads = q.size(1), length = (q.size(2) + 63) / 64 * 64;
   PassParams p{};
-  const int64_t slots = fill(p, k, v, log_decay, initial, table, {}, heads, length, false, 0, kFloat32Tile);
+  const int64_t slots = fill(p, k, v, log_decay, initial, table, {}, heads, length, false, 0, kFloat32Tile, false);
   check_same(q, "q", k.scalar_type(), k);
   check_shape(q, "q", {p.batch, heads, p.tokens, p.d});
   p.q_view = view_of(q, "q", heads, &p.q_group);

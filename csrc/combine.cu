@@ -1,13 +1,10 @@
 // What several passes wrote in parts: sums over tiles and over query heads that share a head, and the gradient through
-// u = x / |x|: equation (7) of README.md. A warp takes one token of one head.
+// u = x / |x|: equation (4) of README.md. A warp takes one token of one head.
 #include "combine.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "element.cuh"
 
 namespace {
-
-constexpr float kMinLength = 1e-6f;  // as in ops/numerics.py
 
 __device__ float warp_sum(float x) {
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
@@ -48,7 +45,7 @@ __global__ void combine_kernel(const CombineParams p) {
       x[n] = n * 32 + lane < p.width ? float(from[n * 32 + lane]) : 0.f;
       largest = fmaxf(largest, fabsf(x[n]));
     }
-    largest = fmaxf(warp_max(largest), kMinLength);  // its square could overflow
+    largest = fmaxf(warp_max(largest), float(kMinLength));  // its square could overflow
     const float scale = 1.f / largest;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
@@ -56,7 +53,7 @@ __global__ void combine_kernel(const CombineParams p) {
       squares += x[n] * x[n];
     }
     const float inverse = 1.f / fmaxf(sqrtf(warp_sum(squares)), 1.f);
-    const bool constant = largest <= kMinLength * inverse;  // shorter vectors are divided by a constant
+    const bool constant = largest <= float(kMinLength) * inverse;  // shorter vectors are divided by a constant
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) parallel += sums[n] * (x[n] * inverse);
     parallel = warp_sum(parallel);
@@ -97,13 +94,5 @@ cudaError_t launch(const CombineParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t run_combine(const CombineParams& p, ElementType type, cudaStream_t stream) {
-  switch (type) {
-    case ElementType::kFloat32:
-      return launch<float>(p, stream);
-    case ElementType::kBfloat16:
-      return launch<__nv_bfloat16>(p, stream);
-    case ElementType::kFloat16:
-      return launch<__half>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_element(type, [&](auto element) { return launch<decltype(element)>(p, stream); });
 }

@@ -33,7 +33,6 @@ template <class Element, int kPanels>
 __device__ float inverse_length(uint8_t* tile, int row) {
   constexpr bool kHalf = std::is_same_v<Element, __half>;
   constexpr float kLeast = kHalf ? 0x1p-8f : 0x1p-80f, kMost = kHalf ? 0x1p12f : 0x1p80f;
-  constexpr float kMinLength = 1e-6f;  // shorter vectors are divided by it, as in ops/numerics.py
   const uint32_t base = shared_address(tile);
   float parts[4] = {};  // four sums, so that none waits for the one before
 #pragma unroll 2
@@ -54,7 +53,7 @@ __device__ float inverse_length(uint8_t* tile, int row) {
       largest = fmaxf(largest, fmaxf(fabsf(pair.x), fabsf(pair.y)));
     }
   }
-  if (largest == 0.f || !isfinite(largest) || isnan(squares)) return 1.f / fmaxf(sqrtf(squares), kMinLength);
+  if (largest == 0.f || !isfinite(largest) || isnan(squares)) return 1.f / fmaxf(sqrtf(squares), float(kMinLength));
   int exponent;
   frexpf(largest, &exponent);
   exponent = max(min(exponent, 126), -126);
@@ -70,7 +69,7 @@ __device__ float inverse_length(uint8_t* tile, int row) {
     }
     store_piece(address, x);
   }
-  return 1.f / fmaxf(sqrtf(squares), kMinLength * scale);
+  return 1.f / fmaxf(sqrtf(squares), float(kMinLength) * scale);
 }
 
 // Three warps: the scales of one chunk after another.

@@ -19,7 +19,9 @@ struct View {
   int64_t batch, head, token;
 };
 
-// Which vectors are divided by their length: equations (5), (6) of README.md.
+constexpr double kMinLength = 1e-6;  // shorter vectors are divided by it: MIN_LENGTH of ops/numerics.py
+
+// Which vectors are divided by their length: r and c in equations (1) and (2) of README.md.
 enum class Norm : int { kNone = 0, kQueriesAndKeys = 1, kValues = 2 };
 
 // Where a piece of a sequence lies. Pieces of one sequence are neighbours in the list.

@@ -7,7 +7,7 @@
 //
 // kExact: each operand is split in two tf32 numbers, a b ≈ a₁ b₁ + a₁ b₂ + a₂ b₁, as exact as float32 (Ootomo and
 // Yokota 2022, arXiv:2203.03341). kDecay: makes no output but its derivative by log λ, multiplied with do and summed:
-// with R the derivative of S, equations (8) to (10) of README.md.
+// with R the derivative of S, equations (5) to (7) of README.md.
 #pragma once
 
 #include <climits>

@@ -2,8 +2,8 @@
 // in every 32nd row.
 #include "step.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "element.cuh"
+
 #include <math_constants.h>
 
 namespace {
@@ -98,13 +98,5 @@ cudaError_t launch(const StepParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t run_step(const StepParams& p, ElementType type, cudaStream_t stream) {
-  switch (type) {
-    case ElementType::kFloat32:
-      return launch<float>(p, stream);
-    case ElementType::kBfloat16:
-      return launch<__nv_bfloat16>(p, stream);
-    case ElementType::kFloat16:
-      return launch<__half>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_element(type, [&](auto element) { return launch<decltype(element)>(p, stream); });
 }

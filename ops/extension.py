@@ -1,5 +1,6 @@
 """Builds the CUDA kernels of `csrc/` on their first use and loads them; `python -m ops.extension` builds them."""
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -39,11 +40,9 @@ def unavailable_reason() -> str | None:
     try:
         path = build()
         # The library refers to symbols that `import torch` loads privately; this makes them visible.
-        import ctypes
-
         ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(path))
-    except (BuildError, OSError) as error:
+    except (RuntimeError, OSError) as error:  # `BuildError`, and what loading the library raises
         return str(error)
     return None
 

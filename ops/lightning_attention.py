@@ -12,7 +12,7 @@ from .lightning_cuda import backward as cuda_backward
 from .lightning_cuda import decay_gradient as cuda_decay_gradient
 from .lightning_cuda import forward as cuda_forward
 from .lightning_cuda import step as cuda_step
-from .lightning_cuda import unavailable_reason
+from .lightning_cuda import unavailable_reason as cuda_unavailable_reason
 from .numerics import autocast, compute_type, expand_heads, no_autocast
 from .validation import (
     check_choice,
@@ -113,11 +113,6 @@ def lightning_attention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor 
         raise ValueError("state: expected one without gradient, since it is changed in place, got requires_grad=True")
     refuse_forward_mode(q, k, v, log_decay, state)
     return _step(q, k, v, log_decay, state)
-
-
-def cuda_unavailable_reason(q: Tensor, v: Tensor) -> str | None:
-    """Why the CUDA kernels can't take a call, or None if they can."""
-    return unavailable_reason(q, v)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::attention", mutates_args=())

@@ -20,7 +20,8 @@ from torch import Tensor
 from .numerics import unit_length, unit_length_backward
 
 MAX_WIDTH = 1024
-CHUNK = 64  # tokens; kChunk of csrc/pass_hopper.cuh
+CHUNK = 64  # tokens; kChunk of csrc/variant.cuh
+FLOAT32_TILE = 128, 64  # kFloat32Tile of csrc/variants.h
 NO_NORM, NORM_QUERIES_AND_KEYS, NORM_VALUES = 0, 1, 2  # Norm of csrc/params.h
 
 
@@ -75,10 +76,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """o (B, H, T, E) in v's type and the final state (sequences, H, D, E); see `lightning_attention`."""
     widths = q.shape[3], v.shape[3]
-    if qk_norm and not _norm_in_kernel(q, q.shape[3]):
+    if qk_norm and not _norm_in_kernel(q, 256):
         q, k, qk_norm = unit_length(q), unit_length(k), False
     q, k, v = (_for_kernel(x) for x in (q, k, v))
-    initial_state = _padded_state(initial_state, q, v)
+    if initial_state is not None:
+        initial_state = _padded_state(initial_state, q, v)
     segments = _segments(q, v, cu_seqlens)
     sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     final = q.new_empty((sequences, q.shape[1], q.shape[3], v.shape[3]), dtype=torch.float32)
@@ -101,12 +103,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the initial state."""
     d, e, wide_q, wide_k = q.shape[3], v.shape[3], q, k
-    norm_outside = qk_norm and not _norm_in_kernel(q, 2 * d)
+    norm_outside = qk_norm and not _norm_in_kernel(q, 128)
     if norm_outside:
         q, k, qk_norm = unit_length(q), unit_length(k), False
     do, q, k, v = (_for_kernel(x) for x in (grad_o, q, k, v))
-    initial_state = _padded_state(initial_state, q, v)
-    grad_state = _pad_state(grad_state, q, v)
+    if initial_state is not None:
+        initial_state = _padded_state(initial_state, q, v)
+    grad_state = _padded_state(grad_state, q, v)
     heads = q.shape[1]
     grad_initial = torch.empty_like(grad_state, memory_format=torch.contiguous_format)
     of_values, of_both = (NORM_VALUES, NORM_QUERIES_AND_KEYS) if qk_norm else (NO_NORM, NO_NORM)
@@ -153,8 +156,8 @@ def decay_gradient(
     q, k, v, grad_o = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, grad_o))
     segments = _cut(q, -(-q.shape[2] // CHUNK) * CHUNK, cu_seqlens)
     slots = q.shape[0] if segments.table is None else len(segments.table) - 1
-    tiles = -(-q.shape[3] // 128) * -(-v.shape[3] // 64)
-    parts = q.new_zeros((slots, q.shape[1], tiles), dtype=torch.float32)
+    parts_of_d, parts_of_e = _parts(FLOAT32_TILE, q, v)
+    parts = q.new_zeros((slots, q.shape[1], parts_of_d * parts_of_e), dtype=torch.float32)
     torch.ops.transnormer_kernels.decay_gradient(
         q, k, v, log_decay, initial_state, segments.table, grad_o, grad_state, parts, _exact()
     )
@@ -188,7 +191,7 @@ def _attend(
     """One pass: (B, groups, T, E), summed over the heads of a group, and taken through the unit length of `through`."""
     groups = groups or heads
     batch, tokens, width = q.shape[0], q.shape[2], v.shape[3]
-    parts = -(-k.shape[3] // (128 if k.dtype == torch.float32 else 256))
+    parts, _ = _parts(_tile(k, v), k, v)
     o = v.new_empty((batch, groups, tokens, width))
     if parts == 1 and groups == heads:
         out = o
@@ -226,15 +229,26 @@ def _carry(
 
 def _segments(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Segments:
     """Cut the sequences of a pass so that its blocks fill the GPU."""
-    batch, heads, tokens, d = q.shape
-    e = v.shape[3]
-    if q.dtype == torch.float32:
-        tiles, resident = -(-d // 128) * -(-e // 64), 2
-    else:
-        tiles = -(-e // 128) if d <= 128 else -(-d // 256) * -(-e // 64)
-        resident = 2 if max(d, e) <= 64 else 1
+    batch, heads, tokens, _ = q.shape
+    tile = _tile(q, v)
+    parts_of_d, parts_of_e = _parts(tile, q, v)
+    resident = 2 if tile in (FLOAT32_TILE, (64, 64)) else 1  # blocks on a multiprocessor
     slots = torch.cuda.get_device_properties(q.device).multi_processor_count * resident
-    return _cut(q, _segment_length(batch * heads * tiles, tokens, slots), cu_seqlens)
+    return _cut(q, _segment_length(batch * heads * parts_of_d * parts_of_e, tokens, slots), cu_seqlens)
+
+
+def _tile(k: Tensor, v: Tensor) -> tuple[int, int]:
+    """Tile of the state, of k's width and v's, that a block owns: `tile_of` of csrc/variants.h."""
+    if k.dtype == torch.float32:
+        return FLOAT32_TILE
+    if max(k.shape[3], v.shape[3]) <= 64:
+        return 64, 64
+    return (128, 128) if k.shape[3] <= 128 else (256, 64)
+
+
+def _parts(tile: tuple[int, int], k: Tensor, v: Tensor) -> tuple[int, int]:
+    """Tiles along k's width and along v's."""
+    return -(-k.shape[3] // tile[0]), -(-v.shape[3] // tile[1])
 
 
 def _cut(q: Tensor, length: int, cu_seqlens: Tensor | None) -> Segments:
@@ -260,9 +274,9 @@ def _segment_length(pairs: int, tokens: int, slots: int) -> int:
     return -(-tokens // (best * CHUNK)) * CHUNK
 
 
-def _norm_in_kernel(x: Tensor, width: int) -> bool:
-    """Whether a block sees whole vectors: it divides them by their length by itself then."""
-    return x.dtype != torch.float32 and width <= 256
+def _norm_in_kernel(x: Tensor, widest: int) -> bool:
+    """Whether a block sees whole vectors, up to the `widest`: it divides them by their length by itself then."""
+    return x.dtype != torch.float32 and x.shape[3] <= widest
 
 
 def _exact() -> bool:
@@ -293,10 +307,8 @@ def warn_of_copy() -> None:
     )
 
 
-def _padded_state(state: Tensor | None, q: Tensor, v: Tensor) -> Tensor | None:
-    return None if state is None else _pad_state(state, q, v)
-
-
-def _pad_state(state: Tensor, q: Tensor, v: Tensor) -> Tensor:
-    """Widths of a state (sequences, H, D, E) as q and v now have them."""
+def _padded_state(state: Tensor, q: Tensor, v: Tensor) -> Tensor:
+    """A state (sequences, H, D, E) of the widths that q and v now have."""
+    if state.shape[2:] == (q.shape[3], v.shape[3]):
+        return state  # `pad` by nothing copies
     return F.pad(state, (0, v.shape[3] - state.shape[3], 0, q.shape[3] - state.shape[2]))

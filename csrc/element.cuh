@@ -1,0 +1,21 @@
+// From the type of a tensor's elements to the kernels compiled for it.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "params.h"
+
+// run(element), with an element of the type.
+template <class Run>
+cudaError_t with_element(ElementType type, Run run) {
+  switch (type) {
+    case ElementType::kFloat32:
+      return run(float{});
+    case ElementType::kBfloat16:
+      return run(__nv_bfloat16{});
+    case ElementType::kFloat16:
+      return run(__half{});
+  }
+  return cudaErrorInvalidValue;
+}
