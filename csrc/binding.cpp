@@ -13,7 +13,6 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-#include "combine.h"
 #include "step.h"
 #include "variants.h"
 
@@ -120,71 +119,53 @@ float* state_of(const Tensor& x, const char* name, const Tensor& like, int64_t h
   return static_cast<float*>(x.data_ptr());
 }
 
-// Whether the passes of k's type fetch their tiles by the copy engine.
-bool copied(const Tensor& k) { return k.scalar_type() != ScalarType::Float; }
-
-Tile tile_of(const Tensor& k, const Tensor& v) { return copied(k) ? ::tile_of(k.size(3), v.size(3)) : kFloat32Tile; }
-
-// What passes with and without output share. Returns the number of segments.
+// What all passes share. Returns the number of segments.
 int64_t fill(PassParams& p, const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
-             const std::optional<Tensor>& initial, const std::optional<Tensor>& table,
-             const std::optional<Tensor>& carry, int64_t heads, int64_t segment_length, bool reverse, int64_t norm,
-             Tile tile, bool copy_engine) {
+             const std::optional<Tensor>& initial, const std::optional<Tensor>& table, int64_t heads,
+             int64_t segment_length, bool reverse, Tile tile) {
   element_type(k, "k");
   check_same(v, "v", k.scalar_type(), k);
   CHECK(segment_length > 0 && segment_length % 64 == 0, "segment_length: expected a multiple of 64, got ",
         segment_length);
   p.batch = k.size(0), p.heads = heads, p.tokens = k.size(2), p.d = k.size(3), p.e = v.size(3);
   check_shape(v, "v", {p.batch, v.size(1), p.tokens, p.e});
-  if (copy_engine) {
-    p.k = tensor_map(k, "k", heads, &p.k_batch, &p.k_group);
-    p.v = tensor_map(v, "v", heads, &p.v_batch, &p.v_group);
-  } else {
-    p.k_view = view_of(k, "k", heads, &p.k_group);
-    p.v_view = view_of(v, "v", heads, &p.v_group);
-    CHECK(norm == 0, "norm: expected none");
-  }
   p.log_decay = log_decay_of(log_decay, k, heads);
   p.segment_length = segment_length;
-  p.segments = (p.tokens + segment_length - 1) / segment_length;
-  int64_t slots;
+  p.positions = p.segments = (p.tokens + segment_length - 1) / segment_length;
+  int64_t slots = int64_t(p.batch) * p.segments;
   if (table) {
     check_same(*table, "table", ScalarType::Int, k);
     CHECK(table->dim() == 2 && table->size(1) == 4 && table->is_contiguous(), "table: expected (segments + 1, 4)");
     CHECK(p.batch == 1, "table: expected a batch of 1, got ", p.batch);
     p.table = static_cast<const Segment*>(table->data_ptr());
-    slots = p.table_length = table->size(0) - 1;
-  } else {
-    slots = int64_t(p.batch) * p.segments;
+    slots = p.positions = table->size(0) - 1;
   }
   if (initial) p.initial = state_of(*initial, "initial", k, heads, p.d, p.e, &p.initial_strides);
-  if (carry) {
-    p.carry = state_of(*carry, "carry", k, heads, p.d, p.e, &p.carry_strides);
-    check_shape(*carry, "carry", {int64_t(p.batch) * p.segments, heads, p.d, p.e});
-  } else {
-    CHECK(p.segments <= 1, "carry: expected for ", p.segments, " segments");
-  }
   p.reverse = reverse;
-  p.norm = Norm(norm);
   p.d_tiles = (p.d + tile.d - 1) / tile.d;
   p.e_tiles = (p.e + tile.e - 1) / tile.e;
-  CHECK(p.norm == Norm::kNone || (norm == int64_t(Norm::kValues) ? p.e_tiles : p.d_tiles) == 1,
-        "norm: expected vectors no wider than a tile");
+  const int64_t blocks = slots * heads * p.d_tiles * p.e_tiles;
+  CHECK(blocks < (int64_t(1) << 31), "too many segments: ", blocks, " blocks");
   return slots;
 }
 
-void run(const PassParams& p, const Tensor& like, Tile tile, bool output, bool exact, int64_t slots) {
-  const int64_t blocks = slots * p.heads * p.d_tiles * p.e_tiles;
-  CHECK(blocks < (int64_t(1) << 31), "too many segments: ", blocks, " blocks");
-  if (blocks == 0) return;
-  const cudaStream_t stream = stream_of(like);
-  switch (element_type(like, "k")) {
-    case ElementType::kFloat32:
-      return check_cuda(run_pass_float32(p, output, exact, blocks, stream));
-    case ElementType::kBfloat16:
-      return check_cuda(run_pass_bfloat16(p, tile, output, blocks, stream));
-    case ElementType::kFloat16:
-      return check_cuda(run_pass_float16(p, tile, output, blocks, stream));
+void check_two_bytes(const Tensor& k, bool expected) {
+  CHECK((k.scalar_type() != ScalarType::Float) == expected, "k: expected ",
+        expected ? "bfloat16 or float16" : "float32");
+}
+
+// The outputs of a pass in the inputs' type, or in parts.
+void fill_output(PassParams& p, const Tensor& out, const Tensor& k) {
+  CHECK(out.is_contiguous(), "out: expected contiguous");
+  if (out.dim() == 5) {
+    check_same(out, "out", ScalarType::Float, k);
+    check_shape(out, "out", {p.d_tiles, p.batch, p.heads, p.tokens, p.e});
+    p.partial = static_cast<float*>(out.data_ptr());
+  } else {
+    check_same(out, "out", k.scalar_type(), k);
+    check_shape(out, "out", {p.batch, p.heads, p.tokens, p.e});
+    CHECK(p.d_tiles == 1, "out: expected parts in float32");
+    p.out = out.data_ptr();
   }
 }
 
@@ -200,59 +181,104 @@ void plan(const Tensor& cu_seqlens, int64_t tokens, int64_t segment_length, cons
                       static_cast<Segment*>(table.data_ptr()), slots, stream_of(cu_seqlens)));
 }
 
-void states(const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
-            const std::optional<Tensor>& initial, const std::optional<Tensor>& table, const Tensor& carry,
-            int64_t heads, int64_t segment_length, bool reverse, int64_t norm, bool exact) {
+void states_float32(const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
+                    const std::optional<Tensor>& initial, const std::optional<Tensor>& table, const Tensor& carry,
+                    int64_t heads, int64_t segment_length, bool reverse, bool exact) {
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
-  const Tile tile = tile_of(k, v);
+  check_two_bytes(k, false);
   PassParams p{};
-  const int64_t slots =
-      fill(p, k, v, log_decay, initial, table, carry, heads, segment_length, reverse, norm, tile, copied(k));
+  const int64_t slots = fill(p, k, v, log_decay, initial, table, heads, segment_length, reverse, kFloat32Tile);
+  p.k_view = view_of(k, "k", heads, &p.k_group);
+  p.v_view = view_of(v, "v", heads, &p.v_group);
+  p.carry = state_of(carry, "carry", k, heads, p.d, p.e, &p.carry_strides);
+  check_shape(carry, "carry", {int64_t(p.batch) * p.segments, heads, p.d, p.e});
   CHECK(carry.is_contiguous(), "carry: expected contiguous");
-  run(p, k, tile, false, exact, slots);
-  check_cuda(run_scan(p, slots, stream_of(k)));
+  const cudaStream_t stream = stream_of(k);
+  check_cuda(run_pass_float32(p, false, exact, slots * heads * p.d_tiles * p.e_tiles, stream));
+  check_cuda(run_scan(p, slots, stream));
 }
 
-void output(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
-            const std::optional<Tensor>& initial, const std::optional<Tensor>& table,
-            const std::optional<Tensor>& carry, const Tensor& out, const std::optional<Tensor>& final,
-            const std::optional<Tensor>& through, int64_t segment_length, bool reverse, int64_t norm, bool exact) {
+void attend_float32(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
+                    const std::optional<Tensor>& initial, const std::optional<Tensor>& table,
+                    const std::optional<Tensor>& carry, const Tensor& out, const std::optional<Tensor>& final,
+                    int64_t segment_length, bool reverse, bool exact) {
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
-  const Tile tile = tile_of(k, v);
+  check_two_bytes(k, false);
   PassParams p{};
   const int64_t heads = out.size(out.dim() - 3);
-  const int64_t slots =
-      fill(p, k, v, log_decay, initial, table, carry, heads, segment_length, reverse, norm, tile, copied(k));
+  const int64_t slots = fill(p, k, v, log_decay, initial, table, heads, segment_length, reverse, kFloat32Tile);
   check_same(q, "q", k.scalar_type(), k);
   check_shape(q, "q", {p.batch, q.size(1), p.tokens, p.d});
-  if (copied(k))
-    p.q = tensor_map(q, "q", heads, &p.q_batch, &p.q_group);
-  else
-    p.q_view = view_of(q, "q", heads, &p.q_group);
-  if (out.dim() == 5) {
-    check_same(out, "out", ScalarType::Float, k);
-    check_shape(out, "out", {p.d_tiles, p.batch, heads, p.tokens, p.e});
-    CHECK(out.is_contiguous(), "out: expected contiguous");
-    p.partial = static_cast<float*>(out.data_ptr());
-  } else {
-    check_same(out, "out", k.scalar_type(), k);
-    check_shape(out, "out", {p.batch, heads, p.tokens, p.e});
-    CHECK(p.d_tiles == 1, "out: expected parts in float32");
-    CHECK(out.stride(3) == 1 &&
-              (!copied(k) || (out.stride(2) % 8 == 0 && out.stride(1) % 8 == 0 && out.stride(0) % 8 == 0)),
-          "out: expected rows of whole 16 bytes");
-    p.out = out.data_ptr();
-    p.out_batch = out.stride(0), p.out_head = out.stride(1), p.out_token = out.stride(2);
+  p.q_view = view_of(q, "q", heads, &p.q_group);
+  p.k_view = view_of(k, "k", heads, &p.k_group);
+  p.v_view = view_of(v, "v", heads, &p.v_group);
+  CHECK(carry.has_value() == (p.segments > 1), "carry: expected with more than one segment");
+  if (carry) {
+    p.carry = state_of(*carry, "carry", k, heads, p.d, p.e, &p.carry_strides);
+    check_shape(*carry, "carry", {int64_t(p.batch) * p.segments, heads, p.d, p.e});
   }
-  if (through) {
-    check_same(*through, "through", k.scalar_type(), k);
-    check_shape(*through, "through", {p.batch, heads, p.tokens, p.e});
-    CHECK(p.norm == Norm::kValues && p.e_tiles == 1 && p.out != nullptr, "through: expected out in one part");
-    p.x = tensor_map(*through, "through", heads, &p.x_batch, &p.x_group);
-    p.through = 1;
+  fill_output(p, out, k);
+  if (final) p.final = state_of(*final, "final", k, heads, p.d, p.e, &p.final_strides);
+  check_cuda(run_pass_float32(p, true, exact, slots * heads * p.d_tiles * p.e_tiles, stream_of(k)));
+}
+
+void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& x,
+            const std::optional<Tensor>& log_decay, const std::optional<Tensor>& initial,
+            const std::optional<Tensor>& table, const std::optional<Tensor>& chain, const std::optional<Tensor>& counts,
+            const Tensor& out, const std::optional<Tensor>& out_of_k, const std::optional<Tensor>& final,
+            int64_t segment_length, bool reverse, int64_t norm) {
+  const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
+  check_two_bytes(k, true);
+  const Tile tile = tile_of(k.size(3), v.size(3));
+  PassParams p{};
+  const bool both = out_of_k.has_value();
+  const int64_t heads = out.size(out.dim() - 3);
+  const int64_t slots = fill(p, k, v, log_decay, initial, table, heads, segment_length, reverse, tile);
+  check_same(q, "q", k.scalar_type(), k);
+  check_shape(q, "q", {p.batch, q.size(1), p.tokens, p.d});
+  p.q = tensor_map(q, "q", heads, &p.q_batch, &p.q_group);
+  p.k = tensor_map(k, "k", heads, &p.k_batch, &p.k_group);
+  p.v = tensor_map(v, "v", heads, &p.v_batch, &p.v_group);
+  p.norm = Norm(norm);
+  CHECK(p.norm == Norm::kNone || (norm == int64_t(Norm::kValues) ? p.e_tiles : p.d_tiles) == 1,
+        "norm: expected vectors no wider than a tile");
+  CHECK(x.has_value() == (both || p.norm == Norm::kValues), "x: expected where it is used");
+  if (x) {
+    check_same(*x, "x", k.scalar_type(), k);
+    check_shape(*x, "x", {p.batch, heads, p.tokens, p.e});
+    p.x = tensor_map(*x, "x", heads, &p.x_batch, &p.x_group);
+  }
+  fill_output(p, out, k);
+  if (both) {
+    check_same(*out_of_k, "out_of_k", k.scalar_type(), k);
+    check_shape(*out_of_k, "out_of_k", {p.batch, heads, p.tokens, p.d});
+    CHECK(out_of_k->is_contiguous() && p.d_tiles * p.e_tiles == 1, "out_of_k: expected contiguous, and one tile");
+    p.out_of_k = out_of_k->data_ptr();
+  }
+  CHECK(!p.partial || p.norm != Norm::kValues, "out: expected in one part");
+  const int64_t lanes = (table ? 1 : p.batch) * heads * p.d_tiles * p.e_tiles;
+  CHECK(chain.has_value() == (p.segments > 1) && counts.has_value() == chain.has_value(),
+        "chain, counts: expected with more than one segment");
+  if (chain) {
+    check_same(*chain, "chain", ScalarType::Float, k);
+    check_same(*counts, "counts", ScalarType::Int, k);
+    CHECK(chain->is_contiguous() && chain->numel() == lanes * kChainRing * tile.d * tile.e, "chain: expected ",
+          kChainRing, " states a lane");
+    const int64_t number = lanes * 4 * kChainRing * kChainCounts;
+    CHECK(counts->is_contiguous() && counts->numel() == number + 1, "counts: expected ", number + 1);
+    p.chain = static_cast<float*>(chain->data_ptr());
+    p.counts = static_cast<int*>(counts->data_ptr());
+    p.ticket = p.counts + number;
   }
   if (final) p.final = state_of(*final, "final", k, heads, p.d, p.e, &p.final_strides);
-  run(p, k, tile, true, exact, slots);
+  int multiprocessors = 0;
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, k.get_device_index()));
+  const int pieces = slots * heads * p.d_tiles * p.e_tiles;
+  const cudaStream_t stream = stream_of(k);
+  if (k.scalar_type() == ScalarType::BFloat16)
+    check_cuda(run_pass_bfloat16(p, tile, both, pieces, multiprocessors, stream));
+  else
+    check_cuda(run_pass_float16(p, tile, both, pieces, multiprocessors, stream));
 }
 
 void decay_gradient(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay,
@@ -261,7 +287,9 @@ void decay_gradient(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   const int64_t heads = q.size(1), length = (q.size(2) + 63) / 64 * 64;
   PassParams p{};
-  const int64_t slots = fill(p, k, v, log_decay, initial, table, {}, heads, length, false, 0, kFloat32Tile, false);
+  const int64_t slots = fill(p, k, v, log_decay, initial, table, heads, length, false, kFloat32Tile);
+  p.k_view = view_of(k, "k", heads, &p.k_group);
+  p.v_view = view_of(v, "v", heads, &p.v_group);
   check_same(q, "q", k.scalar_type(), k);
   check_shape(q, "q", {p.batch, heads, p.tokens, p.d});
   p.q_view = view_of(q, "q", heads, &p.q_group);
@@ -276,27 +304,6 @@ void decay_gradient(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   CHECK(parts.is_contiguous(), "parts: expected contiguous");
   p.partial = static_cast<float*>(parts.data_ptr());
   check_cuda(run_decay_gradient(p, element_type(k, "k"), exact, slots * heads * tiles, stream_of(k)));
-}
-
-void combine(const Tensor& partial, const std::optional<Tensor>& x, const Tensor& out) {
-  const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
-  check_same(partial, "partial", ScalarType::Float, out);
-  CHECK(partial.dim() == 5 && partial.is_contiguous() && out.is_contiguous(), "partial, out: expected contiguous");
-  CombineParams p{};
-  p.partial = static_cast<const float*>(partial.data_ptr());
-  p.parts = partial.size(0), p.batch = partial.size(1), p.heads = partial.size(2), p.tokens = partial.size(3);
-  p.width = partial.size(4), p.groups = out.size(1);
-  check_shape(out, "out", {p.batch, p.groups, p.tokens, p.width});
-  CHECK(p.width <= 1024 && p.heads % p.groups == 0, "partial: expected a width up to 1,024 and whole groups");
-  p.out = out.data_ptr();
-  if (x) {
-    check_same(*x, "x", out.scalar_type(), out);
-    check_shape(*x, "x", {p.batch, p.groups, p.tokens, p.width});
-    CHECK(x->stride(3) == 1, "x: expected the last dim contiguous");
-    p.x = x->data_ptr();
-    p.x_batch = x->stride(0), p.x_head = x->stride(1), p.x_token = x->stride(2);
-  }
-  check_cuda(run_combine(p, element_type(out, "out"), stream_of(out)));
 }
 
 void step(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
@@ -330,24 +337,26 @@ void step(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional
 STABLE_TORCH_LIBRARY(transnormer_kernels, m) {
   m.def("plan(Tensor cu_seqlens, int tokens, int segment_length, Tensor(a!) table) -> ()");
   m.def(
-      "states(Tensor k, Tensor v, Tensor? log_decay, Tensor? initial, Tensor? table, Tensor(a!) carry, int heads,"
-      " int segment_length, bool reverse, int norm, bool exact) -> ()");
+      "attend(Tensor q, Tensor k, Tensor v, Tensor? x, Tensor? log_decay, Tensor? initial, Tensor? table,"
+      " Tensor(a!)? chain, Tensor(b!)? counts, Tensor(c!) out, Tensor(d!)? out_of_k, Tensor(e!)? final,"
+      " int segment_length, bool reverse, int norm) -> ()");
   m.def(
-      "output(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial, Tensor? table, Tensor? carry,"
-      " Tensor(a!) out, Tensor(b!)? final, Tensor? through, int segment_length, bool reverse, int norm, bool exact)"
-      " -> ()");
+      "states_float32(Tensor k, Tensor v, Tensor? log_decay, Tensor? initial, Tensor? table, Tensor(a!) carry,"
+      " int heads, int segment_length, bool reverse, bool exact) -> ()");
+  m.def(
+      "attend_float32(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial, Tensor? table, Tensor? carry,"
+      " Tensor(a!) out, Tensor(b!)? final, int segment_length, bool reverse, bool exact) -> ()");
   m.def(
       "decay_gradient(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? initial, Tensor? table, Tensor grad_o,"
       " Tensor grad_state, Tensor(a!) parts, bool exact) -> ()");
-  m.def("combine(Tensor partial, Tensor? x, Tensor(a!) out) -> ()");
   m.def("step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, Tensor(b!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transnormer_kernels, CUDA, m) {
   m.impl("plan", TORCH_BOX(&plan));
-  m.impl("states", TORCH_BOX(&states));
-  m.impl("output", TORCH_BOX(&output));
+  m.impl("attend", TORCH_BOX(&attend));
+  m.impl("states_float32", TORCH_BOX(&states_float32));
+  m.impl("attend_float32", TORCH_BOX(&attend_float32));
   m.impl("decay_gradient", TORCH_BOX(&decay_gradient));
-  m.impl("combine", TORCH_BOX(&combine));
   m.impl("step", TORCH_BOX(&step));
 }

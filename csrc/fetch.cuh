@@ -1,97 +1,89 @@
-// Copies tiles to shared memory and measures their vectors.
+// Copies tiles to shared memory, chunk after chunk of one piece of work after another.
 #pragma once
 
+#include "decay.cuh"
 #include "variant.cuh"
 
-// Fetches the tiles of each chunk; with kNorm, the other warps measure their vectors.
-template <class V>
-__device__ void fetch(const PassParams& p, SharedStorage<V>& shared, const Work& work, int head, int d_tile,
-                      int e_tile) {
-  const Walk walk(work, p.reverse);
-  for (int step = 0; step < walk.chunks; ++step) {
-    const int stage = step % V::kStages, token = work.start + walk.start(step);
-    if (step >= V::kStages) shared.empty[stage].wait(parity(step, V::kStages) ^ 1);
-    shared.full[stage].arrive_expecting(p.through ? V::kStageBytes : V::kTileBytes);
-    uint8_t* to = shared.stages[stage];
-    for (int i = 0; i < V::kQPanels; ++i, to += kPanelBytes)
-      copy_tile(to, p.q, shared.full[stage], d_tile * V::kD + i * kPanel, token, head / p.q_group,
-                work.batch * p.q_batch);
-    for (int i = 0; i < V::kKPanels; ++i, to += kPanelBytes)
-      copy_tile(to, p.k, shared.full[stage], d_tile * V::kD + i * kPanel, token, head / p.k_group,
-                work.batch * p.k_batch);
-    for (int i = 0; i < V::kVPanels; ++i, to += kPanelBytes)
-      copy_tile(to, p.v, shared.full[stage], e_tile * V::kE + i * kPanel, token, head / p.v_group,
-                work.batch * p.v_batch);
-    for (int i = 0; i < V::kVectorPanels && p.through; ++i, to += kPanelBytes)
-      copy_tile(to, p.x, shared.full[stage], i * kPanel, token, head / p.x_group, work.batch * p.x_batch);
-  }
+// The next piece of work of this block: taken in order where pieces wait for earlier ones, so that those are running.
+__device__ inline int next_piece(const PassParams& p, int before) {
+  if (p.ticket != nullptr) return atomicAdd(p.ticket, 1);
+  return before < 0 ? blockIdx.x : before + gridDim.x;
 }
 
-// 1 / |x| of a row of a tile. A row whose square, or whose 1 / |x|, the types can't hold well is first multiplied by a
-// power of two, in place, which changes no digit.
-template <class Element, int kPanels>
-__device__ float inverse_length(uint8_t* tile, int row) {
-  constexpr bool kHalf = std::is_same_v<Element, __half>;
-  constexpr float kLeast = kHalf ? 0x1p-8f : 0x1p-80f, kMost = kHalf ? 0x1p12f : 0x1p80f;
-  const uint32_t base = shared_address(tile);
-  float parts[4] = {};  // four sums, so that none waits for the one before
-#pragma unroll 2
-  for (int piece = 0; piece < kPanels * 8; ++piece) {
-    const uint4 x = load_piece(base + piece / 8 * kPanelBytes + piece_offset(row, piece % 8));
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const float2 pair = unpack<Element>((&x.x)[w]);
-      parts[w] = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, parts[w]));
-    }
-  }
-  float squares = (parts[0] + parts[1]) + (parts[2] + parts[3]), largest = 0.f;
-  if (squares >= kLeast && squares <= kMost) return rsqrtf(squares);
-  for (int piece = 0; piece < kPanels * 8; ++piece) {
-    const uint4 x = load_piece(base + piece / 8 * kPanelBytes + piece_offset(row, piece % 8));
-    for (uint32_t word : {x.x, x.y, x.z, x.w}) {
-      const float2 pair = unpack<Element>(word);
-      largest = fmaxf(largest, fmaxf(fabsf(pair.x), fabsf(pair.y)));
-    }
-  }
-  if (largest == 0.f || !isfinite(largest) || isnan(squares)) return 1.f / fmaxf(sqrtf(squares), float(kMinLength));
-  int exponent;
-  frexpf(largest, &exponent);
-  exponent = max(min(exponent, 126), -126);
-  const float scale = ldexpf(1.f, -exponent);
-  squares = 0.f;
-  for (int piece = 0; piece < kPanels * 8; ++piece) {
-    const uint32_t address = base + piece / 8 * kPanelBytes + piece_offset(row, piece % 8);
-    uint4 x = load_piece(address);
-    for (uint32_t* word : {&x.x, &x.y, &x.z, &x.w}) {
-      const float2 pair = unpack<Element>(*word);
-      *word = pack<Element>(pair.x * scale, pair.y * scale);
-      squares += pair.x * scale * (pair.x * scale) + pair.y * scale * (pair.y * scale);
-    }
-    store_piece(address, x);
-  }
-  return 1.f / fmaxf(sqrtf(squares), float(kMinLength) * scale);
-}
-
-// Three warps: the scales of one chunk after another.
 template <class V>
-__device__ void measure(const PassParams& p, SharedStorage<V>& shared, const Work& work, int thread) {
-  using Element = typename V::Element;
-  const Walk walk(work, p.reverse);
-  for (int step = 0; step < walk.chunks; ++step) {
+struct Fetcher {
+  const PassParams& p;
+  SharedStorage<V>& shared;
+  int step = 0;
+
+  // Waits for the stage of the next chunk.
+  __device__ int claim() {
     const int stage = step % V::kStages;
-    shared.full[stage].wait(parity(step, V::kStages));
+    if (step >= V::kStages) shared.empty[stage].wait(parity(step, V::kStages) ^ 1);
+    ++step;
+    return stage;
+  }
+
+  __device__ void copy(uint8_t* to, int panels, const CUtensorMap& map, Barrier& barrier, int column, int token,
+                       int head, int batch) {
+    for (int i = 0; i < panels; ++i)
+      copy_tile(to + i * kPanelBytes, map, barrier, column + i * kPanel, token, head, batch);
+  }
+
+  __device__ void send(const Chunk& chunk) {
+    const int stage = claim();
+    Barrier& full = shared.full[stage];
+    shared.chunks[stage] = chunk;
     const Stage<V> tile(shared, stage);
-    const bool queries = V::kOutput && p.norm == Norm::kQueriesAndKeys;
-    for (int x = thread; x < 2 * kChunk; x += kMeasuring) {
-      const int row = x % kChunk;
-      if (x < kChunk) {
-        shared.column_scale[stage][row] = p.norm == Norm::kValues ? inverse_length<Element, V::kVPanels>(tile.v, row)
-                                                                  : inverse_length<Element, V::kKPanels>(tile.k, row);
-      } else if constexpr (V::kOutput) {
-        shared.row_scale[stage][row] = queries ? inverse_length<Element, V::kQPanels>(tile.q, row) : 1.f;
+    const bool all = chunk.kind == Kind::kOutput, x = V::kBoth || (V::kThrough && all);
+    const bool v = all || !V::kBoth, q = all || V::kBoth, k = all || !V::kBoth;
+    full.arrive_expecting(((q + k) * V::kQPanels + (v + x) * V::kVPanels) * kPanelBytes);
+    const int d = chunk.d_tile * V::kD, e = chunk.e_tile * V::kE;
+    if (k) copy(tile.k, V::kQPanels, p.k, full, d, chunk.token, chunk.head / p.k_group, chunk.batch * p.k_batch);
+    if (v) copy(tile.v, V::kVPanels, p.v, full, e, chunk.token, chunk.head / p.v_group, chunk.batch * p.v_batch);
+    if (q) copy(tile.q, V::kQPanels, p.q, full, d, chunk.token, chunk.head / p.q_group, chunk.batch * p.q_batch);
+    if (x) copy(tile.x, V::kVPanels, p.x, full, e, chunk.token, chunk.head / p.x_group, chunk.batch * p.x_batch);
+  }
+
+  // All chunks of a segment, once to find its state where later segments need it, and once for the outputs.
+  __device__ void segment(const Work& work, Chunk chunk) {
+    const int chunks = max(1, (work.length + kChunk - 1) / kChunk);
+    for (int round = work.last ? 1 : 0; round < 2; ++round) {
+      chunk.kind = round == 0 ? Kind::kAdvance : Kind::kOutput;
+      for (int x = 0; x < chunks; ++x) {
+        const int start = (p.reverse ? chunks - 1 - x : x) * kChunk;
+        chunk.token = work.start + start;
+        chunk.n = min(kChunk, work.length - start);
+        chunk.first = x == 0;
+        chunk.last = x == chunks - 1;
+        send(chunk);
       }
     }
-    fence_for_async();
-    shared.measured[stage].arrive();
   }
+};
+
+template <class V>
+__device__ void fetch(const PassParams& p, SharedStorage<V>& shared) {
+  Fetcher<V> fetcher{p, shared};
+  const int tiles = p.d_tiles * p.e_tiles, rows = p.table == nullptr ? p.batch : 1, lanes = rows * p.heads * tiles;
+  const int positions = p.table == nullptr ? p.positions : p.table[p.positions].sequence;
+  int next = next_piece(p, -1);
+  while (next < positions * lanes) {
+    const int piece = next;
+    next = next_piece(p, piece);
+    const int lane = piece % lanes, position = piece / lanes, place = p.reverse ? positions - 1 - position : position;
+    const int head = lane / tiles % p.heads, tile = lane % tiles;
+    Work work;
+    find_work(p, lane / tiles / p.heads * positions + place, work);
+    Chunk chunk{};
+    chunk.starts = work.first, chunk.ends = work.last, chunk.length = work.length;
+    chunk.sequence = work.sequence, chunk.batch = work.batch, chunk.head = head;
+    chunk.d_tile = tile / p.e_tiles, chunk.e_tile = tile % p.e_tiles;
+    chunk.lane = lane, chunk.position = position;
+    chunk.log2_lambda = work.valid ? log2_decay(p.log_decay, head) : CUDART_NAN_F;
+    fetcher.segment(work, chunk);
+  }
+  const int stage = fetcher.claim();
+  shared.chunks[stage].kind = Kind::kEnd;
+  shared.full[stage].arrive();
 }

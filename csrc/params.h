@@ -21,6 +21,9 @@ struct View {
 
 constexpr double kMinLength = 1e-6;  // shorter vectors are divided by it: MIN_LENGTH of ops/numerics.py
 
+// States of a head and tile that are handed on at a time, and counts for each of them of each of 4 warps.
+constexpr int kChainRing = 4, kChainCounts = 5;
+
 // Which vectors are divided by their length: r and c in equations (1) and (2) of README.md.
 enum class Norm : int { kNone = 0, kQueriesAndKeys = 1, kValues = 2 };
 
@@ -31,27 +34,32 @@ struct Segment {
 };
 
 struct PassParams {
-  CUtensorMap q, k, v;  // (B, heads, T, width), of 2-byte types
-  CUtensorMap x;        // (B, heads, T, E), with `through`: out is the gradient of x / |x|, and is taken through that
-  int through, x_batch, x_group;
-  View q_view, k_view, v_view;    // the same tensors, where the copy engine is not used
-  int q_batch, k_batch, v_batch;  // 0: one row of the batch serves all
-  int q_group, k_group, v_group;  // query heads that share a head
-  void* out;                      // (B, H, T, E) in the inputs' type
-  int64_t out_batch, out_head, out_token;
-  float* partial;          // or (tiles of D, B, H, T, E) in float32, to be added up
-  const float* log_decay;  // (H,) or null
-  const float* initial;    // null: zeros
+  // (B, heads, T, width), of 2-byte types. x is the gradient of the output where gradients of k and v are made
+  // together, else the vectors through whose unit length the output, a gradient, is taken.
+  CUtensorMap q, k, v, x;
+  int q_batch, k_batch, v_batch, x_batch;  // 0: one row of the batch serves all
+  int q_group, k_group, v_group, x_group;  // query heads that share a head
+  View q_view, k_view, v_view;             // the same tensors, where the copy engine is not used
+  void* out;                               // (B, H, T, E), contiguous, in the inputs' type
+  void* out_of_k;                          // (B, H, T, D), the gradient of k, where it is made together with that of v
+  float* partial;                          // or (tiles of D, B, H, T, E) in float32, to be added up
+  const float* log_decay;                  // (H,) or null
+  const float* initial;                    // null: zeros
   StateStrides initial_strides;
   float* final;                // may be null
   StateStrides final_strides;  // also of final_grad
   View grad_view;              // gradients of the output and the final state, for that of the decay
   const float* final_grad;
-  float* carry;  // (B × segments, H, D, E): the state after each segment
+  // The state from segment to segment. By the copy engine's passes: kChainRing states for each head and tile, counts of
+  // what was written and read of them, and how many pieces of work were taken; counts and ticket begin at 0.
+  float* chain;
+  int *counts, *ticket;
+  // By the others: (B × segments, H, D, E), the state after each segment.
+  float* carry;
   StateStrides carry_strides;
   const Segment* table;  // of packed sequences, else null; one more entry says whether the bounds are good
-  int table_length;
-  int segments;  // of each row of the batch, were it one sequence
+  int positions;         // length of the table without that entry, or segments of a row
+  int segments;          // of each row of the batch, were it one sequence
   int segment_length;
   int batch, heads, tokens, d, e;
   int d_tiles, e_tiles;

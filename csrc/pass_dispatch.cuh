@@ -5,16 +5,12 @@
 #include "variants.h"
 
 template <class Element>
-cudaError_t dispatch_pass(const PassParams& p, Tile tile, bool output, int64_t blocks, cudaStream_t stream) {
-  const bool norm = p.norm != Norm::kNone;
-#define RUN(kD, kE)                                                                                  \
-  if (tile.d == kD && tile.e == kE) {                                                                \
-    if (norm && output) return launch_pass<Variant<Element, kD, kE, true, true>>(p, blocks, stream); \
-    if (norm) return launch_pass<Variant<Element, kD, kE, true, false>>(p, blocks, stream);          \
-    if (output) return launch_pass<Variant<Element, kD, kE, false, true>>(p, blocks, stream);        \
-    return launch_pass<Variant<Element, kD, kE, false, false>>(p, blocks, stream);                   \
-  }
-  FOR_EACH_TILE(RUN)
+cudaError_t dispatch_pass(const PassParams& p, Tile tile, bool both, int pieces, int multiprocessors,
+                          cudaStream_t stream) {
+#define RUN(kD, kE, kNorm, kBoth)                                             \
+  if (tile.d == kD && tile.e == kE && p.norm == Norm::kNorm && both == kBoth) \
+    return launch_pass<Variant<Element, kD, kE, Norm::kNorm, kBoth>>(p, pieces, multiprocessors, stream);
+  FOR_EACH_VARIANT(RUN)
 #undef RUN
   return cudaErrorInvalidValue;
 }

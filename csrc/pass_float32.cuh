@@ -224,8 +224,8 @@ __global__ void __launch_bounds__(kBlockThreads, kMake == Make::kDecayGradient ?
           const int64_t part = int64_t(tile / p.e_tiles) * p.batch + work.batch;
           p.partial[((part * p.heads + head) * p.tokens + token + i) * p.e + column] = y;
         } else {
-          static_cast<float*>(
-              p.out)[work.batch * p.out_batch + head * p.out_head + (token + i) * p.out_token + column] = y;
+          const int64_t at = (int64_t(work.batch) * p.heads + head) * p.tokens + token + i;
+          static_cast<float*>(p.out)[at * p.e + column] = y;
         }
       }
     }

@@ -46,7 +46,7 @@ __global__ void plan_kernel(const int* cu_seqlens, int sequences, int tokens, in
     __syncthreads();
   }
   for (int slot = used + thread; slot < slots; slot += kThreads) table[slot] = {0, 0, -1, 0};
-  if (thread == 0) table[slots] = {0, 0, good ? 0 : -1, 0};
+  if (thread == 0) table[slots] = {used, 0, good ? 0 : -1, 0};
 }
 
 // A block adds up part of one head's states along one sequence.

@@ -20,7 +20,7 @@ __device__ inline bool find_work(const PassParams& p, int slot, Work& work) {
     work.sequence = s.sequence, work.batch = 0, work.start = s.start, work.length = s.length;
     begins = s.ends & 1;
     ends = s.ends & 2;
-    work.valid = p.table[p.table_length].length == 0;
+    work.valid = p.table[p.positions].length == 0;
   } else {
     const int row = slot / p.segments, piece = slot % p.segments;
     work.sequence = work.batch = row, work.start = piece * p.segment_length;

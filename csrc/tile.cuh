@@ -53,15 +53,46 @@ __device__ inline bool nonfinite_among(const uint4& piece) {
   return any_nonfinite<Element>(*reinterpret_cast<const uint32_t*>(&sum));
 }
 
-// Four 8 × 8 blocks, written transposed: lane l names the row l % 8 of block l / 8.
-__device__ inline void store_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
-               "r"(c), "r"(d)
+// Four 8 × 8 blocks: lane l names the row l % 8 of block l / 8. With kTranspose rows in memory are columns in
+// registers.
+template <bool kTranspose>
+__device__ inline void load_blocks(uint32_t (&blocks)[4], uint32_t address) {
+  if constexpr (kTranspose)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(blocks[0]), "=r"(blocks[1]), "=r"(blocks[2]), "=r"(blocks[3])
+                 : "r"(address)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(blocks[0]), "=r"(blocks[1]), "=r"(blocks[2]), "=r"(blocks[3])
+                 : "r"(address)
+                 : "memory");
+}
+__device__ inline void store_blocks(uint32_t address, const uint32_t (&blocks)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(blocks[0]),
+               "r"(blocks[1]), "r"(blocks[2]), "r"(blocks[3])
                : "memory");
 }
 
-__device__ inline void store_word(uint32_t address, uint32_t value) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+// Lane t of four has word b of row block b; afterwards it has all four words of row block t.
+__device__ inline void exchange_blocks(uint32_t (&words)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+  for (int x = 0; x < 4; x += 2) {
+    const uint32_t got = __shfl_xor_sync(~0u, odd ? words[x] : words[x + 1], 1);
+    (odd ? words[x] : words[x + 1]) = got;
+  }
+#pragma unroll
+  for (int x = 0; x < 2; ++x) {
+    const uint32_t got = __shfl_xor_sync(~0u, high ? words[x] : words[x + 2], 2);
+    (high ? words[x] : words[x + 2]) = got;
+  }
+}
+
+__device__ inline uint32_t load_word(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
 }
 __device__ inline void store_piece(uint32_t address, uint4 value) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),

@@ -1,4 +1,4 @@
-// One compiled pass for Hopper: its sizes, what a block shares, and the order of its chunks.
+// One compiled pass for Hopper: its sizes, and what the warpgroups of a block share.
 #pragma once
 
 #include "async.cuh"
@@ -8,51 +8,77 @@
 
 constexpr int kChunk = 64;       // tokens
 constexpr int kWarpgroup = 128;  // threads
-constexpr int kMeasuring = 96;   // threads
+constexpr int kInspecting = 96;  // threads
 constexpr int kPanelBytes = kChunk * kPanelRow;
 
-// One compiled kernel. kD, kE: tile of the state; kNorm: divides by lengths; kOutput: without, only states are made.
-template <class Element_, int kD_, int kE_, bool kNorm_, bool kOutput_>
+// One compiled kernel. kD, kE: tile of the state; kBoth: makes the gradients of k and v together, else one output.
+template <class Element_, int kD_, int kE_, Norm kNorm_, bool kBoth_>
 struct Variant {
   using Element = Element_;
   static constexpr int kD = kD_, kE = kE_;
-  static constexpr bool kNorm = kNorm_, kOutput = kOutput_;
-  static constexpr int kAttending = kE / 64;  // warpgroups
-  static constexpr int kThreads = (kAttending + 2) * kWarpgroup;
-  static constexpr int kBlocks = kD == 64 ? 2 : 1;  // on a multiprocessor
-  static constexpr int kQPanels = kOutput ? kD / kPanel : 0, kKPanels = kD / kPanel, kVPanels = kE / kPanel;
-  static constexpr int kVectorPanels = kOutput && kNorm ? kVPanels : 0;  // of `through`
-  static constexpr int kTileBytes = (kQPanels + kKPanels + kVPanels) * kPanelBytes;
-  static constexpr int kStageBytes = kTileBytes + kVectorPanels * kPanelBytes;
-  static constexpr int kBuffers = 2;  // of what `score` makes
-  // As many stages as fit, with 6 KiB for what is small.
-  static constexpr int kStages =
-      (227 * 1024 / kBlocks - 6 * 1024 - kBuffers * (kVPanels + (kOutput ? 1 : 0)) * kPanelBytes) / kStageBytes;
-  // Registers of a thread: what a block starts with, a multiple of 8, is shared out among its warpgroups.
-  static constexpr int kFirstRegisters = 65536 / (kThreads * kBlocks) / 8 * 8;
-  static constexpr int kFetchRegisters = 40, kScoreRegisters = kBlocks == 2 ? 88 : 120;
-  static constexpr int kLeft =
-      ((kAttending + 2) * kFirstRegisters - kFetchRegisters - kScoreRegisters) / kAttending / 8 * 8;
-  static constexpr int kAttendRegisters = kLeft < 240 ? kLeft : 240;
+  static constexpr Norm kNorm = kNorm_;
+  static constexpr bool kBoth = kBoth_, kLengths = kNorm != Norm::kNone;
+  static constexpr bool kThrough = kNorm == Norm::kValues || (kBoth && kLengths);  // a gradient through unit length
+  static constexpr int kThreads = 4 * kWarpgroup;
+  // Registers of a thread, of the 512 that four warpgroups share.
+  static constexpr bool kSmall = kD * kE <= 64 * 64;
+  static constexpr int kFetchRegisters = kSmall ? 72 : 56, kStateRegisters = kSmall ? 152 : 200;
+  static constexpr int kOutputRegisters = kSmall ? 144 : 128;
+  static constexpr int kQPanels = kD / kPanel, kVPanels = kE / kPanel;  // q and k; v and x
+  static constexpr bool kFourth = kBoth || kThrough;                    // tiles of x
+  static constexpr int kTileBytes = (2 * kQPanels + kVPanels) * kPanelBytes;
+  static constexpr int kStageBytes = kTileBytes + (kFourth ? kVPanels * kPanelBytes : 0);
+  static constexpr int kStateBytes = kD * kE * 2;
+  static constexpr int kStates = 2;  // copies of the state that outputs are read from
+  // As many stages as fit.
+  static constexpr int kNotes = kChunk * 28 + 512 + 8 * (kE + (kBoth ? kD : 0));  // bytes of Notes, at most
+  static constexpr int kFit = (226 * 1024 - kStates * kStateBytes) / (kStageBytes + kNotes);
+  static constexpr int kStages = kFit < 6 ? kFit : 6;
+};
+
+enum class Kind : int {
+  kAdvance,  // only the state moves on, to find what a segment adds to it
+  kOutput,
+  kEnd,
+};
+
+// What `fetch` says of the chunk in a stage.
+struct alignas(16) Chunk {
+  Kind kind;
+  int token, n;      // the first one in its row, and how many
+  int first, last;   // whether it is the first, the last of its segment, in the order of the pass
+  int starts, ends;  // whether the segment is that of its sequence
+  int length;        // of the segment
+  int sequence, batch, head, d_tile, e_tile;
+  int lane, position;  // the segment among all of one head's tile, in the order of the pass
+  float log2_lambda;
+};
+
+// What `inspect` finds in a stage, by token of the chunk or column of a tile.
+template <class V>
+struct Notes {
+  float weights[2 * kChunk];  // λ^|i-j| at i - j + kChunk, or -1 where masked
+  float writing[kChunk];      // what token j weighs in the state
+  float reading[kChunk];      // what token i reads the state with
+  float columns[V::kLengths ? kChunk : 1], rows[V::kLengths ? kChunk : 1];  // 1 / |x| of what scores are made of
+  // To take a gradient through unit length: 1 / |x|, and 1 / |x|² or 0 for vectors divided by a constant.
+  float inverse[V::kThrough ? kChunk : 1], along[V::kThrough ? kChunk : 1];
+  unsigned long long bad_v[V::kE], bad_q[V::kBoth ? V::kD : 1];  // tokens whose value is not finite
+  unsigned long long any_bad_v, any_bad_q;
+  int any_bad;
 };
 
 template <class V>
 struct alignas(1024) SharedStorage {
   uint8_t stages[V::kStages][V::kStageBytes];
-  uint8_t scaled_values[V::kBuffers][V::kVPanels * kPanelBytes];
-  uint8_t scores[V::kOutput ? V::kBuffers : 0][kPanelBytes];
-  unsigned long long nonfinite[V::kBuffers][V::kE];  // tokens of the chunk, of each column of v
-  int any_nonfinite[V::kBuffers];
-  float reading[V::kBuffers][kChunk];  // what token i reads the state with
-  float powers[kChunk + 1];
-  float weights[2 * kChunk];                                           // λ^|i-j| at i - j + kChunk, or -1 where masked
-  double2 along[V::kVectorPanels > 0 ? 2 : 0][V::kAttending][kChunk];  // of each token: out · x and x · x
-  float row_scale[V::kStages][kChunk], column_scale[V::kStages][kChunk];
-  Barrier full[V::kStages], measured[V::kStages], empty[V::kStages];
-  Barrier ready[V::kBuffers], used[V::kBuffers];
+  uint8_t states[V::kStates][V::kStateBytes];  // transposed: kE rows in panels of 64 of the kD columns
+  Chunk chunks[V::kStages];
+  Notes<V> notes[V::kStages];
+  Barrier full[V::kStages], ready[V::kStages], empty[V::kStages];
+  Barrier state_full[V::kStates], state_empty[V::kStates];
 };
 
-// Tiles of a stage.
+// Tiles of a stage. With kBoth x is do, else with kThrough the vectors through whose unit length a gradient is taken.
 template <class V>
 struct Stage {
   uint8_t *q, *k, *v, *x;
@@ -60,20 +86,18 @@ struct Stage {
   __device__ Stage(SharedStorage<V>& shared, int stage)
       : q(shared.stages[stage]),
         k(q + V::kQPanels * kPanelBytes),
-        v(k + V::kKPanels * kPanelBytes),
+        v(k + V::kQPanels * kPanelBytes),
         x(v + V::kVPanels * kPanelBytes) {}
-};
-
-// The chunks of a segment in the order of the pass.
-struct Walk {
-  int chunks, length;
-  bool reverse;
-
-  __device__ Walk(const Work& work, bool reverse)
-      : chunks((work.length + kChunk - 1) / kChunk), length(work.length), reverse(reverse) {}
-  __device__ int start(int step) const { return (reverse ? chunks - 1 - step : step) * kChunk; }
-  __device__ int tokens(int step) const { return min(kChunk, length - start(step)); }
+  // The state gains aᵀ b for each token.
+  __device__ uint8_t* a() const { return V::kBoth ? x : v; }
+  __device__ uint8_t* b() const { return V::kBoth ? q : k; }
 };
 
 // Parity of the phase that a barrier of `count` is in at a step.
 __device__ inline int parity(int step, int count) { return step / count & 1; }
+
+// One arrival for a warp, after all its lanes.
+__device__ inline void arrive_as_warp(Barrier& barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier.arrive();
+}

@@ -1,15 +1,26 @@
-// The list of compiled passes: each row is a tile of the state, for both types, with and without norm and output.
+// The list of compiled passes, each for both 2-byte types.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "params.h"
 
-// TILE(kD, kE): the smallest that holds a head is used; wider heads take several of the last.
-#define FOR_EACH_TILE(TILE) \
-  TILE(64, 64)              \
-  TILE(128, 128)            \
-  TILE(256, 64)
+// VARIANT(kD, kE, norm, both): a tile of the state; which vectors are divided by their length; whether it makes the
+// gradients of k and v together, or one output. The smallest tile that holds a head is used, wider heads take several
+// of the last.
+#define FOR_EACH_VARIANT(VARIANT)           \
+  VARIANT(64, 64, kNone, false)             \
+  VARIANT(64, 64, kQueriesAndKeys, false)   \
+  VARIANT(64, 64, kValues, false)           \
+  VARIANT(64, 64, kNone, true)              \
+  VARIANT(64, 64, kQueriesAndKeys, true)    \
+  VARIANT(128, 128, kNone, false)           \
+  VARIANT(128, 128, kQueriesAndKeys, false) \
+  VARIANT(128, 128, kValues, false)         \
+  VARIANT(128, 128, kNone, true)            \
+  VARIANT(128, 128, kQueriesAndKeys, true)  \
+  VARIANT(256, 64, kNone, false)            \
+  VARIANT(256, 64, kQueriesAndKeys, false)
 
 struct Tile {
   int d, e;
@@ -17,20 +28,19 @@ struct Tile {
 
 // Tile for a state of d × e.
 inline Tile tile_of(int d, int e) {
-#define FITS(kD, kE) \
-  if (d <= kD && e <= kE) return {kD, kE};
-  FOR_EACH_TILE(FITS)
-#undef FITS
+  if (d <= 64 && e <= 64) return {64, 64};
   return d <= 128 ? Tile{128, 128} : Tile{256, 64};
 }
 
 // The tile of the kernels for float32 and for the gradient of the decay.
 constexpr Tile kFloat32Tile = {128, 64};
 
-// Run a pass; without `output` it only makes states.
-cudaError_t run_pass_bfloat16(const PassParams& p, Tile tile, bool output, int64_t blocks, cudaStream_t stream);
-cudaError_t run_pass_float16(const PassParams& p, Tile tile, bool output, int64_t blocks, cudaStream_t stream);
-// `exact`: as precise as float32, else tf32.
+// Run a pass over `pieces` of work, segments of heads.
+cudaError_t run_pass_bfloat16(const PassParams& p, Tile tile, bool both, int pieces, int multiprocessors,
+                              cudaStream_t stream);
+cudaError_t run_pass_float16(const PassParams& p, Tile tile, bool both, int pieces, int multiprocessors,
+                             cudaStream_t stream);
+// Without `output` it only makes the states of segments. `exact`: as precise as float32, else tf32.
 cudaError_t run_pass_float32(const PassParams& p, bool output, bool exact, int64_t blocks, cudaStream_t stream);
 
 // Sum of do ⊙ ∂o / ∂log λ and dS ⊙ ∂S / ∂log λ, one number a block, to p.partial.

@@ -10,6 +10,7 @@ value is the gradient of the initial state. `csrc/README.md` has the equations.
 """
 
 import functools
+import math
 import warnings
 from typing import NamedTuple
 
@@ -17,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .numerics import unit_length, unit_length_backward
+from .numerics import sum_groups, unit_length, unit_length_backward
 
 MAX_WIDTH = 1024
 CHUNK = 64  # tokens; kChunk of csrc/variant.cuh
 FLOAT32_TILE = 128, 64  # kFloat32Tile of csrc/variants.h
+CHAIN_RING, CHAIN_COUNTS = 4, 5  # kChainRing and kChainCounts of csrc/params.h
 NO_NORM, NORM_QUERIES_AND_KEYS, NORM_VALUES = 0, 1, 2  # Norm of csrc/params.h
 
 
@@ -81,12 +83,10 @@ def forward(
     q, k, v = (_for_kernel(x) for x in (q, k, v))
     if initial_state is not None:
         initial_state = _padded_state(initial_state, q, v)
-    segments = _segments(q, v, cu_seqlens)
     sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     final = q.new_empty((sequences, q.shape[1], q.shape[3], v.shape[3]), dtype=torch.float32)
     norm = NORM_QUERIES_AND_KEYS if qk_norm else NO_NORM
-    carry = _carry(k, v, q.shape[1], log_decay, initial_state, segments, norm=norm)
-    o = _attend(q, k, v, q.shape[1], log_decay, initial_state, carry, segments, final=final, norm=norm)
+    o = _attend(q, k, v, q.shape[1], log_decay, initial_state, cu_seqlens, final=final, norm=norm)
     return o[..., : widths[1]].contiguous(), final[..., : widths[0], : widths[1]].contiguous()
 
 
@@ -114,24 +114,15 @@ def backward(
     grad_initial = torch.empty_like(grad_state, memory_format=torch.contiguous_format)
     of_values, of_both = (NORM_VALUES, NORM_QUERIES_AND_KEYS) if qk_norm else (NO_NORM, NO_NORM)
 
-    segments = _segments(do, k, cu_seqlens)
     start = None if initial_state is None else initial_state.mT
-    carry = _carry(v, k, heads, log_decay, start, segments, norm=of_values)
     through = q if qk_norm else None
-    dq = _attend(do, v, k, heads, log_decay, start, carry, segments, norm=of_values, through=through)
-
-    segments = _segments(q, do, cu_seqlens)
-    carry = _carry(q, do, heads, log_decay, grad_state, segments, norm=of_both, reverse=True)
-    dv = _attend(
-        k, q, do, heads, log_decay, grad_state, carry, segments,
-        final=grad_initial, norm=of_both, reverse=True, groups=v.shape[1],
-    )  # fmt: skip
-    carry = None if carry is None else carry.mT
-    through = k if qk_norm else None
-    dk = _attend(
-        v, do, q, heads, log_decay, grad_state.mT, carry, segments,
-        norm=of_values, reverse=True, groups=k.shape[1], through=through,
-    )  # fmt: skip
+    dq = _attend(do, v, k, heads, log_decay, start, cu_seqlens, norm=of_values, through=through)
+    if _tile(k, v) in ((64, 64), (128, 128)):
+        dk, dv = _gradients_of_both(do, grad_state, grad_initial, q, k, v, log_decay, cu_seqlens, of_both)
+    else:
+        dv = _attend(k, q, do, heads, log_decay, grad_state, cu_seqlens, final=grad_initial, reverse=True)
+        dk = _attend(v, do, q, heads, log_decay, grad_state.mT, cu_seqlens, reverse=True)
+    dk, dv = sum_groups(dk, k.shape[1]), sum_groups(dv, v.shape[1])
 
     dq, dk, dv = (x[..., :width] for x, width in ((dq, d), (dk, d), (dv, e)))
     if norm_outside:
@@ -179,62 +170,81 @@ def _attend(
     heads: int,
     log_decay: Tensor | None,
     initial: Tensor | None,
-    carry: Tensor | None,
-    segments: Segments,
+    cu_seqlens: Tensor | None,
     *,
     final: Tensor | None = None,
     norm: int = NO_NORM,
     reverse: bool = False,
-    groups: int | None = None,
     through: Tensor | None = None,
 ) -> Tensor:
-    """One pass: (B, groups, T, E), summed over the heads of a group, and taken through the unit length of `through`."""
-    groups = groups or heads
+    """One pass: (B, heads, T, E) in v's type, taken through the unit length of `through`."""
     batch, tokens, width = q.shape[0], q.shape[2], v.shape[3]
     parts, _ = _parts(_tile(k, v), k, v)
-    o = v.new_empty((batch, groups, tokens, width))
-    if parts == 1 and groups == heads:
-        out = o
+    segments = _segments(k, v, heads, cu_seqlens)
+    shape = (batch, heads, tokens, width)
+    out = v.new_empty(shape) if parts == 1 else v.new_empty((parts, *shape), dtype=torch.float32)
+    common = log_decay, initial, segments.table
+    if k.dtype == torch.float32:
+        carry = None
+        if segments.number > 1:
+            carry = k.new_empty((batch * segments.number, heads, k.shape[3], width))
+            torch.ops.transnormer_kernels.states_float32(
+                k, v, *common, carry, heads, segments.length, reverse, _exact()
+            )
+        torch.ops.transnormer_kernels.attend_float32(
+            q, k, v, *common, carry, out, final, segments.length, reverse, _exact()
+        )
     else:
-        out = v.new_empty((parts, batch, heads, tokens, width), dtype=torch.float32)
-    torch.ops.transnormer_kernels.output(
-        q, k, v, log_decay, initial, segments.table, carry, out, final, through if out is o else None, segments.length,
-        reverse, norm, _exact(),
-    )  # fmt: skip
-    if out is not o:
-        torch.ops.transnormer_kernels.combine(out, through, o)
-    return o
+        chain = _chain(k, v, heads, segments)
+        torch.ops.transnormer_kernels.attend(
+            q, k, v, through, *common, *chain, out, None, final, segments.length, reverse, norm
+        )
+    return out if parts == 1 else out.sum(0).to(v.dtype)
 
 
-def _carry(
+def _gradients_of_both(
+    do: Tensor,
+    grad_state: Tensor,
+    grad_initial: Tensor,
+    q: Tensor,
     k: Tensor,
     v: Tensor,
-    heads: int,
     log_decay: Tensor | None,
-    initial: Tensor | None,
-    segments: Segments,
-    *,
+    cu_seqlens: Tensor | None,
     norm: int,
-    reverse: bool = False,
-) -> Tensor | None:
-    """State after each segment, (B · segments, H, D, E), where sequences are cut."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients of k and v, (B, H, T, D) and (B, H, T, E), in one pass from right to left."""
+    heads = q.shape[1]
+    segments = _segments(k, v, heads, cu_seqlens)
+    dk, dv = k.new_empty((*q.shape[:3], k.shape[3])), v.new_empty((*q.shape[:3], v.shape[3]))
+    torch.ops.transnormer_kernels.attend(
+        q, k, v, do, log_decay, grad_state, segments.table, *_chain(k, v, heads, segments), dv, dk, grad_initial,
+        segments.length, True, norm,
+    )  # fmt: skip
+    return dk, dv
+
+
+def _chain(k: Tensor, v: Tensor, heads: int, segments: Segments) -> tuple[Tensor | None, Tensor | None]:
+    """What blocks hand on from segment to segment: states and counts; None where sequences are whole."""
     if segments.number == 1:
-        return None
-    carry = k.new_empty((k.shape[0] * segments.number, heads, k.shape[3], v.shape[3]), dtype=torch.float32)
-    torch.ops.transnormer_kernels.states(
-        k, v, log_decay, initial, segments.table, carry, heads, segments.length, reverse, norm, _exact()
-    )
-    return carry
+        return None, None
+    d, e = _tile(k, v)
+    lanes = math.prod(_parts((d, e), k, v)) * heads * (k.shape[0] if segments.table is None else 1)
+    states = k.new_empty(lanes * CHAIN_RING * d * e, dtype=torch.float32)
+    return states, k.new_zeros(lanes * CHAIN_RING * 4 * CHAIN_COUNTS + 1, dtype=torch.int32)
 
 
-def _segments(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Segments:
+def _segments(k: Tensor, v: Tensor, heads: int, cu_seqlens: Tensor | None) -> Segments:
     """Cut the sequences of a pass so that its blocks fill the GPU."""
-    batch, heads, tokens, _ = q.shape
-    tile = _tile(q, v)
-    parts_of_d, parts_of_e = _parts(tile, q, v)
-    resident = 2 if tile in (FLOAT32_TILE, (64, 64)) else 1  # blocks on a multiprocessor
-    slots = torch.cuda.get_device_properties(q.device).multi_processor_count * resident
-    return _cut(q, _segment_length(batch * heads * parts_of_d * parts_of_e, tokens, slots), cu_seqlens)
+    tile = _tile(k, v)
+    lanes = k.shape[0] * heads * math.prod(_parts(tile, k, v))
+    slots = _multiprocessors(k.device) * (2 if tile == FLOAT32_TILE else 1)
+    return _cut(k, _segment_length(lanes, k.shape[2], slots, tile == FLOAT32_TILE), cu_seqlens)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _tile(k: Tensor, v: Tensor) -> tuple[int, int]:
@@ -261,17 +271,20 @@ def _cut(q: Tensor, length: int, cu_seqlens: Tensor | None) -> Segments:
 
 
 @functools.cache
-def _segment_length(pairs: int, tokens: int, slots: int) -> int:
+def _segment_length(lanes: int, tokens: int, slots: int, passed_twice: bool) -> int:
     """Tokens of a segment, so that blocks which run at the same time walk the fewest tokens one after another."""
 
-    def walked(count: int) -> float:
-        length = -(-tokens // count)
-        rounds = -(-pairs * count // slots)
+    def walked(length: int) -> float:
+        count = -(-tokens // length)
+        rounds = -(-lanes * count // slots)
         # Cut sequences are read once more for their states; a block costs about as much as some tokens to start.
         return rounds * (length * (1.4 if count > 1 else 1.0) + 128)
 
-    best = min(range(1, max(1, min(64, tokens // 512)) + 1), key=walked)
-    return -(-tokens // (best * CHUNK)) * CHUNK
+    whole = -(-tokens // CHUNK) * CHUNK
+    choices = [whole] + [length for length in (128, 256, 512, 1024) if length < whole]
+    if passed_twice:
+        choices = [-(-tokens // (count * CHUNK)) * CHUNK for count in range(1, max(1, min(64, tokens // 512)) + 1)]
+    return min(choices, key=walked)
 
 
 def _norm_in_kernel(x: Tensor, widest: int) -> bool:

@@ -1,0 +1,235 @@
+// Outputs of a chunk: masked scores times values, and what is read from the state.
+#pragma once
+
+#include <math_constants.h>
+
+#include "variant.cuh"
+#include "wgmma.cuh"
+
+// Which tiles of a stage one output is made of: (left rightᵀ ⊙ M) values + left S, S the state or its transpose.
+enum class Role { kSingle, kGradientOfV, kGradientOfK };
+
+template <class V, Role kRole>
+struct Operands {
+  static constexpr bool kTransposed = kRole == Role::kGradientOfK;  // reads the transpose of the state
+  static constexpr int kInner = kTransposed ? V::kE : V::kD, kColumns = kTransposed ? V::kD : V::kE;
+  static constexpr bool kThrough = kTransposed ? V::kThrough : V::kThrough && !V::kBoth;
+  // Whether scores are divided by the lengths of the vectors of their rows and columns.
+  static constexpr bool kColumnLengths = V::kLengths;
+  static constexpr bool kRowLengths = V::kLengths && V::kNorm != Norm::kValues && !kTransposed;
+  const uint8_t *left, *right, *values, *through;
+
+  __device__ explicit Operands(const Stage<V>& tile) {
+    if constexpr (kRole == Role::kSingle)
+      left = tile.q, right = tile.k, values = tile.v, through = tile.x;
+    else if constexpr (kRole == Role::kGradientOfV)
+      left = tile.k, right = tile.q, values = tile.x, through = nullptr;
+    else
+      left = tile.v, right = tile.x, values = tile.q, through = tile.k;
+  }
+};
+
+// What a thread of an output warpgroup does: it holds two rows, tokens `row` and 8 later, of scores and outputs.
+template <class V, Role kRole>
+struct OutputMaker {
+  using Element = typename V::Element;
+  using Of = Operands<V, kRole>;
+  static constexpr int kColumns = Of::kColumns;
+  static constexpr int kPanelOfState = V::kE * kPanelRow;
+  const PassParams& p;
+  SharedStorage<V>& shared;
+  const int lane, row, pair;
+
+  __device__ OutputMaker(const PassParams& p, SharedStorage<V>& shared, int thread)
+      : p(p), shared(shared), lane(thread % 32), row(thread / 32 * 16 + lane / 4), pair(2 * (lane % 4)) {}
+
+  __device__ void start_scores(float (&scores)[32], const Of& of) {
+    wgmma_fence();
+#pragma unroll
+    for (int x = 0; x < Of::kInner / 16; ++x) {
+      const int at = x / 4 * kPanelBytes + x % 4 * 32;
+      wgmma<Element, 64, 0>(scores, descriptor(shared_address(of.left) + at), descriptor(shared_address(of.right) + at),
+                            x > 0);
+    }
+    wgmma_commit();
+  }
+
+  __device__ void start_reading(float (&o)[kColumns / 2], const Of& of, const uint8_t* state) {
+    wgmma_fence();
+#pragma unroll
+    for (int x = 0; x < Of::kInner / 16; ++x) {
+      const uint64_t left = descriptor(shared_address(of.left) + x / 4 * kPanelBytes + x % 4 * 32);
+      const uint32_t right = shared_address(state);
+      if constexpr (Of::kTransposed)
+        wgmma<Element, kColumns, 1>(o, left, descriptor(right + x * 16 * kPanelRow, kPanelOfState), x > 0);
+      else
+        wgmma<Element, kColumns, 0>(o, left, descriptor(right + x / 4 * kPanelOfState + x % 4 * 32), x > 0);
+    }
+    wgmma_commit();
+  }
+
+  // Scores times λ^|i-j| and lengths, as left operand; chosen, not multiplied where masked: 0 · NaN is NaN.
+  __device__ void mask(uint32_t (&left)[4][4], const float (&scores)[32], const Notes<V>& notes) {
+    float lengths[2] = {1.f, 1.f};
+    if constexpr (Of::kRowLengths) lengths[0] = notes.rows[row], lengths[1] = notes.rows[row + 8];
+#pragma unroll
+    for (int x = 0; x < 32; x += 2) {
+      const int i = row + x / 2 % 2 * 8, j = x / 4 * 8 + pair;
+      const float* weight = &notes.weights[kChunk + i - j];
+      float a = scores[x] * weight[0], b = scores[x + 1] * weight[-1];
+      if constexpr (Of::kRowLengths) a *= lengths[x / 2 % 2], b *= lengths[x / 2 % 2];
+      if constexpr (Of::kColumnLengths) a *= notes.columns[j], b *= notes.columns[j + 1];
+      if (weight[0] < 0.f) a = 0.f;
+      if (weight[-1] < 0.f) b = 0.f;
+      left[x / 8][x / 2 % 4] = pack<Element>(a, b);
+    }
+  }
+
+  __device__ void scale_rows(float (&o)[kColumns / 2], const Notes<V>& notes) {
+    float reading[2] = {notes.reading[row], notes.reading[row + 8]};
+    if constexpr (Of::kRowLengths) reading[0] *= notes.rows[row], reading[1] *= notes.rows[row + 8];
+#pragma unroll
+    for (int x = 0; x < kColumns / 2; ++x) o[x] *= reading[x / 2 % 2];
+  }
+
+  __device__ void start_values(float (&o)[kColumns / 2], const uint32_t (&scores)[4][4], const Of& of) {
+    wgmma_fence();
+#pragma unroll
+    for (int x = 0; x < 4; ++x)
+      wgmma<Element, kColumns, 1>(o, scores[x], descriptor(shared_address(of.values) + x * 16 * kPanelRow, kPanelBytes),
+                                  1);
+    wgmma_commit();
+  }
+
+  // NaN from the first token on that brought a value that is not finite, in its column, or in all where that value
+  // is also one of those that scores are made of.
+  __device__ void spoil(float (&o)[kColumns / 2], const Notes<V>& notes) {
+#pragma unroll
+    for (int x = 0; x < kColumns / 2; ++x) {
+      const int i = row + x / 2 % 2 * 8, column = x / 4 * 8 + pair + x % 2;
+      unsigned long long seen = 0;
+      if constexpr (kRole == Role::kSingle) seen = notes.bad_v[column];
+      if constexpr (kRole == Role::kGradientOfV) seen = notes.bad_v[column] | notes.any_bad_q;
+      if constexpr (kRole == Role::kGradientOfK) seen = notes.bad_q[column] | notes.any_bad_v;
+      if (p.reverse ? seen >> i : seen << (63 - i)) o[x] = CUDART_NAN_F;
+    }
+  }
+
+  // The gradient of u = x / |x| to that of x: (du - (du·u) u) / |x|, equation (4).
+  __device__ void through_unit_length(float (&o)[kColumns / 2], const uint8_t* vectors, const Notes<V>& notes) {
+    const uint32_t base = shared_address(vectors) + pair * 2;
+    const auto vector = [&](int x) {
+      return unpack<Element>(load_word(base + x / 32 * kPanelBytes + piece_offset(row + x / 2 % 2 * 8, x / 4 % 8)));
+    };
+    float along[2] = {};
+#pragma unroll
+    for (int x = 0; x < kColumns / 2; x += 2) {
+      const float2 v = vector(x);
+      along[x / 2 % 2] += o[x] * v.x + o[x + 1] * v.y;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      along[half] += __shfl_xor_sync(~0u, along[half], 1);
+      along[half] += __shfl_xor_sync(~0u, along[half], 2);
+      along[half] *= notes.along[row + half * 8];
+    }
+    const float inverse[2] = {notes.inverse[row], notes.inverse[row + 8]};
+#pragma unroll
+    for (int x = 0; x < kColumns / 2; x += 2) {
+      const float2 v = vector(x);
+      o[x] = (o[x] - along[x / 2 % 2] * v.x) * inverse[x / 2 % 2];
+      o[x + 1] = (o[x + 1] - along[x / 2 % 2] * v.y) * inverse[x / 2 % 2];
+    }
+  }
+
+  // To global memory, 16 bytes a thread: lanes of a row exchange what they hold.
+  __device__ void store(const float (&o)[kColumns / 2], const Chunk& chunk) {
+    const int width = Of::kTransposed ? p.d : p.e, first = Of::kTransposed ? 0 : chunk.e_tile * V::kE;
+    Element* out = static_cast<Element*>(Of::kTransposed ? p.out_of_k : p.out) +
+                   ((int64_t(chunk.batch) * p.heads + chunk.head) * p.tokens + chunk.token) * width + first;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = row + half * 8;
+#pragma unroll
+      for (int x = 0; x < kColumns / 32; ++x) {
+        uint32_t words[4];
+#pragma unroll
+        for (int block = 0; block < 4; ++block) {
+          const int at = (x * 4 + block) * 4 + half * 2;
+          words[block] = pack<Element>(o[at], o[at + 1]);
+        }
+        exchange_blocks(words);
+        const int column = x * 32 + lane % 4 * 8;
+        if (i < chunk.n && first + column < width)
+          *reinterpret_cast<uint4*>(out + int64_t(i) * width + column) =
+              make_uint4(words[0], words[1], words[2], words[3]);
+      }
+    }
+  }
+  // The part of one tile of d, in float32.
+  __device__ void store_part(const float (&o)[kColumns / 2], const Chunk& chunk) {
+    const int first = chunk.e_tile * V::kE + pair;
+    const int64_t head = (int64_t(chunk.d_tile) * p.batch + chunk.batch) * p.heads + chunk.head;
+    float* out = p.partial + (head * p.tokens + chunk.token) * p.e + first;
+#pragma unroll
+    for (int x = 0; x < kColumns / 2; x += 2) {
+      const int i = row + x / 2 % 2 * 8, column = x / 4 * 8;
+      if (i < chunk.n && first + column < p.e)
+        *reinterpret_cast<float2*>(out + int64_t(i) * p.e + column) = make_float2(o[x], o[x + 1]);
+    }
+  }
+
+  __device__ void make(const Chunk& chunk, const Stage<V>& tile, const Notes<V>& notes, int outputs) {
+    const Of of(tile);
+    const int buffer = outputs % V::kStates;
+    float scores[32], o[kColumns / 2];
+    uint32_t masked[4][4];
+    start_scores(scores, of);
+    shared.state_full[buffer].wait(parity(outputs, V::kStates));
+    start_reading(o, of, shared.states[buffer]);
+    wgmma_wait<1>();
+    wgmma_hold(scores);
+    mask(masked, scores, notes);
+    wgmma_wait<0>();
+    wgmma_hold(o);
+    arrive_as_warp(shared.state_empty[buffer]);
+    scale_rows(o, notes);
+    wgmma_hold(o);
+    wgmma_hold(masked);
+    start_values(o, masked, of);
+    wgmma_wait<0>();
+    wgmma_hold(o);
+    wgmma_hold(masked);
+    if (notes.any_bad) spoil(o, notes);
+    if constexpr (Of::kThrough) through_unit_length(o, of.through, notes);
+    if (kRole == Role::kSingle && p.partial != nullptr)
+      store_part(o, chunk);
+    else
+      store(o, chunk);
+  }
+};
+
+// Of `group` 0 or 1: with kBoth one makes the gradients of v and the other those of k, else they take turns.
+template <class V>
+__device__ void make_outputs(const PassParams& p, SharedStorage<V>& shared, int group, int thread) {
+  int outputs = 0;
+  for (int step = 0;; ++step) {
+    const int stage = step % V::kStages;
+    shared.ready[stage].wait(parity(step, V::kStages));
+    const Chunk& chunk = shared.chunks[stage];
+    if (chunk.kind == Kind::kEnd) return;
+    if (chunk.kind == Kind::kOutput) {
+      const Stage<V> tile(shared, stage);
+      if constexpr (!V::kBoth) {
+        if (outputs % 2 == group)
+          OutputMaker<V, Role::kSingle>(p, shared, thread).make(chunk, tile, shared.notes[stage], outputs);
+      } else if (group == 0) {
+        OutputMaker<V, Role::kGradientOfV>(p, shared, thread).make(chunk, tile, shared.notes[stage], outputs);
+      } else {
+        OutputMaker<V, Role::kGradientOfK>(p, shared, thread).make(chunk, tile, shared.notes[stage], outputs);
+      }
+      ++outputs;
+    }
+    arrive_as_warp(shared.empty[stage]);
+  }
+}
