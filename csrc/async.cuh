@@ -80,3 +80,14 @@ __device__ inline void copy_tile(void* to, const CUtensorMap& map, Barrier& barr
       "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(token), "r"(head), "r"(batch)
       : "memory");
 }
+
+// Copies a box from shared memory to (column, token, head, batch) of a tensor; what lies outside is left out.
+__device__ inline void store_tile(const CUtensorMap& map, const void* from, int column, int token, int head,
+                                  int batch) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+               "r"(shared_address(from)), "r"(column), "r"(token), "r"(head), "r"(batch)
+               : "memory");
+}
+// Of this thread's stores: begins to count them, and waits until shared memory has been read.
+__device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ inline void wait_for_stores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }

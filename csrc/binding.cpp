@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 
@@ -249,11 +250,14 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
     p.x = tensor_map(*x, "x", heads, &p.x_batch, &p.x_group);
   }
   fill_output(p, out, k);
+  int one;
+  if (p.out != nullptr) p.out_map = tensor_map(out, "out", heads, &one, &one);
   if (both) {
     check_same(*out_of_k, "out_of_k", k.scalar_type(), k);
     check_shape(*out_of_k, "out_of_k", {p.batch, heads, p.tokens, p.d});
     CHECK(out_of_k->is_contiguous() && p.d_tiles * p.e_tiles == 1, "out_of_k: expected contiguous, and one tile");
     p.out_of_k = out_of_k->data_ptr();
+    p.out_of_k_map = tensor_map(*out_of_k, "out_of_k", heads, &one, &one);
   }
   CHECK(!p.partial || p.norm != Norm::kValues, "out: expected in one part");
   const int64_t lanes = (table ? 1 : p.batch) * heads * p.d_tiles * p.e_tiles;
@@ -262,13 +266,11 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   if (chain) {
     check_same(*chain, "chain", ScalarType::Float, k);
     check_same(*counts, "counts", ScalarType::Int, k);
-    CHECK(chain->is_contiguous() && chain->numel() == lanes * kChainRing * tile.d * tile.e, "chain: expected ",
-          kChainRing, " states a lane");
-    const int64_t number = lanes * 4 * kChainRing * kChainCounts;
-    CHECK(counts->is_contiguous() && counts->numel() == number + 1, "counts: expected ", number + 1);
+    CHECK(chain->is_contiguous() && chain->numel() == lanes * 2 * tile.d * tile.e, "chain: expected two states a lane");
+    CHECK(counts->is_contiguous() && counts->numel() == lanes * 4 + 1, "counts: expected 4 a lane, and one");
     p.chain = static_cast<float*>(chain->data_ptr());
     p.counts = static_cast<int*>(counts->data_ptr());
-    p.ticket = p.counts + number;
+    p.ticket = p.counts + lanes * 4;
   }
   if (final) p.final = state_of(*final, "final", k, heads, p.d, p.e, &p.final_strides);
   int multiprocessors = 0;
@@ -283,7 +285,7 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
 
 void decay_gradient(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay,
                     const std::optional<Tensor>& initial, const std::optional<Tensor>& table, const Tensor& grad_o,
-                    const Tensor& grad_state, const Tensor& parts, bool exact) {
+                    const std::optional<Tensor>& grad_state, const Tensor& parts, bool exact) {
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   const int64_t heads = q.size(1), length = (q.size(2) + 63) / 64 * 64;
   PassParams p{};
@@ -297,7 +299,7 @@ void decay_gradient(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   check_shape(grad_o, "grad_o", {p.batch, heads, p.tokens, p.e});
   int group;
   p.grad_view = view_of(grad_o, "grad_o", heads, &group);
-  p.final_grad = state_of(grad_state, "grad_state", k, heads, p.d, p.e, &p.final_strides);
+  if (grad_state) p.final_grad = state_of(*grad_state, "grad_state", k, heads, p.d, p.e, &p.final_strides);
   const int64_t tiles = int64_t(p.d_tiles) * p.e_tiles;
   check_same(parts, "parts", ScalarType::Float, k);
   check_shape(parts, "parts", {slots, heads, tiles});
@@ -338,7 +340,8 @@ STABLE_TORCH_LIBRARY(transnormer_kernels, m) {
   m.def("plan(Tensor cu_seqlens, int tokens, int segment_length, Tensor(a!) table) -> ()");
   m.def(
       "attend(Tensor q, Tensor k, Tensor v, Tensor? x, Tensor? log_decay, Tensor? initial, Tensor? table,"
-      " Tensor(a!)? chain, Tensor(b!)? counts, Tensor(c!) out, Tensor(d!)? out_of_k, Tensor(e!)? final,"
+      " Tensor(a!)? chain, Tensor(b!)? counts, Tensor(c!) out, Tensor(d!)? out_of_k, Tensor(e!)? "
+      "final,"
       " int segment_length, bool reverse, int norm) -> ()");
   m.def(
       "states_float32(Tensor k, Tensor v, Tensor? log_decay, Tensor? initial, Tensor? table, Tensor(a!) carry,"
@@ -348,7 +351,7 @@ STABLE_TORCH_LIBRARY(transnormer_kernels, m) {
       " Tensor(a!) out, Tensor(b!)? final, int segment_length, bool reverse, bool exact) -> ()");
   m.def(
       "decay_gradient(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? initial, Tensor? table, Tensor grad_o,"
-      " Tensor grad_state, Tensor(a!) parts, bool exact) -> ()");
+      " Tensor? grad_state, Tensor(a!) parts, bool exact) -> ()");
   m.def("step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, Tensor(b!) out) -> ()");
 }
 

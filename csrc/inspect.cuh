@@ -1,27 +1,9 @@
-// Looks at each chunk before it is used: weights of its tokens, lengths of its vectors, and what must not be
-// multiplied.
+// Looks at each chunk before it is used: weights of its tokens, lengths of its vectors, what is not finite, and rows of
+// other sequences.
 #pragma once
 
 #include "decay.cuh"
 #include "variant.cuh"
-
-// x (16 × 16) times xᵀ, of which the diagonal is wanted: one 8 × 8 block for each half of the rows.
-template <class Element>
-__device__ inline void multiply_by_itself(float (&upper)[4], float (&lower)[4], const uint32_t (&x)[4]) {
-#define PRODUCT(TYPE, D, B1, B2)                                                      \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                 \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-               : "+f"(D[0]), "+f"(D[1]), "+f"(D[2]), "+f"(D[3])                       \
-               : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(B1), "r"(B2))
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    PRODUCT("bf16", upper, x[0], x[2]);
-    PRODUCT("bf16", lower, x[1], x[3]);
-  } else {
-    PRODUCT("f16", upper, x[0], x[2]);
-    PRODUCT("f16", lower, x[1], x[3]);
-  }
-#undef PRODUCT
-}
 
 struct Length {
   float unit;     // what makes the row of the tile, as it now is, of unit length
@@ -74,78 +56,70 @@ struct Inspector {
   SharedStorage<V>& shared;
   const int thread;
 
-  // Powers of λ. Tokens behind the end of a sequence have no meaning.
-  __device__ float reading(const Chunk& chunk, int i) const {
-    return power(chunk.log2_lambda, p.reverse ? max(chunk.n - 1 - i, 0) : i + 1);
-  }
-  __device__ float writing(const Chunk& chunk, int j) const {
-    return power(chunk.log2_lambda, p.reverse ? j + 1 : max(chunk.n - 1 - j, 0));
-  }
-
+  // Powers of λ; tokens behind the end of a sequence have no meaning. They stay from one use of the stage to the next.
   __device__ void weigh(const Chunk& chunk, Notes<V>& notes) {
+    const bool known = notes.n == chunk.n && __float_as_int(notes.log2_lambda) == __float_as_int(chunk.log2_lambda);
+    sync_threads(1, kInspecting);
+    if (known) return;
+    if (thread == 0) notes.n = chunk.n, notes.log2_lambda = chunk.log2_lambda;
     for (int x = thread; x < 2 * kChunk; x += kInspecting) {
       const int later = x - kChunk, distance = p.reverse ? -later : later;
       notes.weights[x] = distance < 0 ? -1.f : power(chunk.log2_lambda, distance);
     }
     for (int i = thread; i < kChunk; i += kInspecting) {
-      notes.reading[i] = reading(chunk, i);
-      if constexpr (!V::kLengths) notes.writing[i] = writing(chunk, i);
+      notes.reading[i] = power(chunk.log2_lambda, p.reverse ? max(chunk.n - 1 - i, 0) : i + 1);
+      notes.writing[i] = power(chunk.log2_lambda, p.reverse ? i + 1 : max(chunk.n - 1 - i, 0));
     }
   }
 
-  // Calls use(row, length) for each row of a tile, on the thread of this warp that knows it.
+  // Calls use(row, length) for each row of a tile. Eight lanes take a row, a piece each, and this thread's warp every
+  // third group of four rows; each of the eight lanes has the sums of one of these groups in the end.
   template <int kPanels, class Use>
-  __device__ void measure(uint8_t* tile, int block, Use use) {
+  __device__ void measure(uint8_t* tile, Use use) {
     constexpr bool kHalf = std::is_same_v<Element, __half>;
     constexpr float kLeast = kHalf ? 0x1p-8f : 0x1p-39f, kMost = kHalf ? 0x1p12f : 0x1p80f;
-    const int lane = thread % 32;
-    const uint32_t base = shared_address(tile);
-    float upper[4] = {}, lower[4] = {};
-#pragma unroll 2
-    for (int x = 0; x < kPanels * 4; ++x) {
-      uint32_t rows[4];
-      load_blocks<false>(rows,
-                         base + x / 4 * kPanelBytes + piece_offset(block * 16 + lane % 16, x % 4 * 2 + lane / 16));
-      multiply_by_itself<Element>(upper, lower, rows);
-    }
-    const int row = lane / 4;
-    if (row / 2 != lane % 4) return;  // not on the diagonal
-    for (int half = 0; half < 2; ++half) {
-      const float square = half == 0 ? (row % 2 ? upper[1] : upper[0]) : (row % 2 ? lower[3] : lower[2]);
-      const int at = block * 16 + half * 8 + row;
-      if (square >= kLeast && square <= kMost) {
-        const float unit = rsqrtf(square);
-        use(at, Length{unit, unit, false});
-      } else {
-        use(at, length_of_extreme<Element>(tile, kPanels, at));
+    constexpr int kGroups = kChunk / 4, kWarps = kInspecting / 32;
+    const auto row_of = [&](int turn) { return (turn * kWarps + thread / 32) * 4 + thread % 32 / 8; };
+    float square = 0.f;
+#pragma unroll(4 / kPanels)
+    for (int turn = 0; turn < (kGroups + kWarps - 1) / kWarps; ++turn) {
+      const int row = min(row_of(turn), kChunk - 1);
+      const uint32_t base = shared_address(tile) + piece_offset(row, thread % 8);
+      float sums[2] = {};
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        const uint4 x = load_piece(base + panel * kPanelBytes);
+        for (const uint32_t word : {x.x, x.y, x.z, x.w}) {
+          const float2 pair = unpack<Element>(word);
+          sums[0] = fmaf(pair.x, pair.x, sums[0]);
+          sums[1] = fmaf(pair.y, pair.y, sums[1]);
+        }
       }
+      float sum = sums[0] + sums[1];
+      for (int lanes = 4; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+      if (thread % 8 == turn) square = sum;
+    }
+    const int row = row_of(thread % 8);
+    if (row >= kChunk) return;
+    if (square >= kLeast && square <= kMost) {
+      const float unit = rsqrtf(square);
+      use(row, Length{unit, unit, false});
+    } else {
+      use(row, length_of_extreme<Element>(tile, kPanels, row));
     }
   }
 
   // The vectors of columns of the scores, and those of their rows, or through whose length the gradient goes.
   __device__ void measure_all(const Chunk& chunk, const Stage<V>& tile, Notes<V>& notes) {
-    for (int block = thread / 32; block < 8; block += kInspecting / 32) {
-      if (block < 4) {
-        const auto use = [&](int row, Length x) {
-          notes.columns[row] = x.unit;
-          notes.writing[row] = writing(chunk, row) * x.unit;
-        };
-        if constexpr (V::kNorm == Norm::kValues)
-          measure<V::kVPanels>(tile.v, block, use);
-        else
-          measure<V::kQPanels>(tile.b(), block, use);
-      } else if (chunk.kind == Kind::kOutput) {
-        const auto use = [&](int row, Length x) {
-          notes.rows[row] = x.unit;
-          if constexpr (V::kThrough)
-            notes.inverse[row] = x.inverse, notes.along[row] = x.constant ? 0.f : x.unit * x.unit;
-        };
-        if constexpr (V::kNorm == Norm::kValues)
-          measure<V::kVPanels>(tile.x, block - 4, use);
-        else
-          measure<V::kQPanels>(V::kBoth ? tile.k : tile.q, block - 4, use);
-      }
-    }
+    constexpr int kPanels = V::kNorm == Norm::kValues ? V::kVPanels : V::kQPanels;
+    uint8_t* of_columns = V::kNorm == Norm::kValues ? tile.v : tile.b();
+    uint8_t* of_rows = V::kNorm == Norm::kValues ? tile.x : V::kBoth ? tile.k : tile.q;
+    measure<kPanels>(of_columns, [&](int row, Length x) { notes.columns[row] = x.unit; });
+    if (chunk.kind == Kind::kAdvance) return;
+    measure<kPanels>(of_rows, [&](int row, Length x) {
+      notes.rows[row] = x.unit;
+      if constexpr (V::kThrough) notes.inverse[row] = x.inverse, notes.along[row] = x.constant ? 0.f : x.unit * x.unit;
+    });
   }
 
   // Rows behind the end of a sequence belong to another one: times zero they could still be NaN.
@@ -154,36 +128,12 @@ struct Inspector {
       if (x / 8 % kChunk >= n) store_piece(shared_address(tile) + x * 16, make_uint4(0, 0, 0, 0));
   }
 
-  __device__ bool any_bad(const uint8_t* tile, int panels, int n) {
-    bool bad = false;
-#pragma unroll 2
+  __device__ bool any_nonfinite_in(const uint8_t* tile, int panels) {
+    bool found = false;
+#pragma unroll 4
     for (int x = thread; x < panels * kChunk * 8; x += kInspecting)
-      bad |= x / 8 % kChunk < n && nonfinite_among<Element>(load_piece(shared_address(tile) + x * 16));
-    return bad;
-  }
-
-  // Notes which tokens hold a value that is not finite, for each column, and clears those values: whoever multiplies
-  // the tile puts NaN where they belong, and a token changes nothing before it.
-  template <int kColumns>
-  __device__ void take_out(uint8_t* tile, unsigned long long (&tokens)[kColumns], unsigned long long& any) {
-    for (int x = thread; x < kColumns; x += kInspecting) tokens[x] = 0;
-    if (thread == 0) any = 0;
-    sync_threads(1, kInspecting);
-    for (int x = thread; x < kColumns / kPanel * kChunk * 8; x += kInspecting) {
-      const int row = x / 8 % kChunk, column = x / 8 / kChunk * kPanel + (x % 8 ^ row % 8) * 8;
-      uint4 piece = load_piece(shared_address(tile) + x * 16);
-      int at = column;
-      for (uint32_t* word : {&piece.x, &piece.y, &piece.z, &piece.w}) {
-        if (any_nonfinite<Element>(*word & 0xFFFF)) mark(tokens[at], any, row), *word &= 0xFFFF0000u;
-        if (any_nonfinite<Element>(*word >> 16)) mark(tokens[at + 1], any, row), *word &= 0xFFFFu;
-        at += 2;
-      }
-      store_piece(shared_address(tile) + x * 16, piece);
-    }
-  }
-  __device__ static void mark(unsigned long long& tokens, unsigned long long& any, int token) {
-    atomicOr(&tokens, 1ull << token);
-    atomicOr(&any, 1ull << token);
+      found |= nonfinite_among<Element>(load_piece(shared_address(tile) + x * 16));
+    return any_thread(1, kInspecting, found);
   }
 
   __device__ void inspect(const Chunk& chunk, const Stage<V>& tile, Notes<V>& notes) {
@@ -194,15 +144,11 @@ struct Inspector {
       sync_threads(1, kInspecting);
     }
     if constexpr (V::kLengths) measure_all(chunk, tile, notes);
-    bool bad = any_bad(tile.a(), V::kVPanels, chunk.n);
-    if constexpr (V::kBoth) bad |= any_bad(tile.b(), V::kQPanels, chunk.n);
-    bad = any_thread(1, kInspecting, bad);
-    if (bad) {
-      take_out(tile.a(), notes.bad_v, notes.any_bad_v);
-      if constexpr (V::kBoth) take_out(tile.b(), notes.bad_q, notes.any_bad_q);
-      sync_threads(1, kInspecting);
-    }
-    if (thread == 0) notes.any_bad = bad;
+    if (chunk.kind == Kind::kAdvance) return;
+    // The values of the outputs: those of the first are a, with kBoth those of the second are b.
+    const bool first = any_nonfinite_in(tile.a(), V::kVPanels);
+    const bool second = V::kBoth && any_nonfinite_in(tile.b(), V::kQPanels);
+    if (thread == 0) notes.nonfinite[0] = first, notes.nonfinite[1] = second;
   }
 };
 
@@ -215,7 +161,7 @@ __device__ void inspect(const PassParams& p, SharedStorage<V>& shared, int threa
     const Chunk& chunk = shared.chunks[stage];
     const bool end = chunk.kind == Kind::kEnd;
     if (!end) me.inspect(chunk, Stage<V>(shared, stage), shared.notes[stage]);
-    fence_for_async();
+    fence_for_async();  // of rows that were changed
     shared.ready[stage].arrive();
     if (end) return;
   }

@@ -17,7 +17,7 @@ struct Operands {
   // Whether scores are divided by the lengths of the vectors of their rows and columns.
   static constexpr bool kColumnLengths = V::kLengths;
   static constexpr bool kRowLengths = V::kLengths && V::kNorm != Norm::kValues && !kTransposed;
-  const uint8_t *left, *right, *values, *through;
+  uint8_t *left, *right, *values, *through;
 
   __device__ explicit Operands(const Stage<V>& tile) {
     if constexpr (kRole == Role::kSingle)
@@ -38,10 +38,16 @@ struct OutputMaker {
   static constexpr int kPanelOfState = V::kE * kPanelRow;
   const PassParams& p;
   SharedStorage<V>& shared;
-  const int lane, row, pair;
+  const int group, thread, lane, row, pair;
 
-  __device__ OutputMaker(const PassParams& p, SharedStorage<V>& shared, int thread)
-      : p(p), shared(shared), lane(thread % 32), row(thread / 32 * 16 + lane / 4), pair(2 * (lane % 4)) {}
+  __device__ OutputMaker(const PassParams& p, SharedStorage<V>& shared, int group, int thread)
+      : p(p),
+        shared(shared),
+        group(group),
+        thread(thread),
+        lane(thread % 32),
+        row(thread / 32 * 16 + lane / 4),
+        pair(2 * (lane % 4)) {}
 
   __device__ void start_scores(float (&scores)[32], const Of& of) {
     wgmma_fence();
@@ -101,16 +107,37 @@ struct OutputMaker {
     wgmma_commit();
   }
 
-  // NaN from the first token on that brought a value that is not finite, in its column, or in all where that value
-  // is also one of those that scores are made of.
+  // Takes values that are not finite out of the tile, once all others have read it, and notes where they were: times
+  // a masked score, 0, they would change the output of earlier tokens.
+  __device__ void take_out(uint8_t* values, Notes<V>& notes, int stage, int step) {
+    auto& bad = notes.bad[kRole == Role::kGradientOfK];
+    shared.advanced[stage].wait(parity(step, V::kStages));
+    if constexpr (V::kBoth) shared.scored[stage].wait(parity(step, V::kStages));
+    for (int x = thread; x < kColumns; x += kWarpgroup) bad[x] = 0;
+    sync_threads(2 + group, kWarpgroup);
+#pragma unroll 1
+    for (int x = thread; x < kColumns * kChunk / 8; x += kWarpgroup) {
+      const int token = x / 8 % kChunk;
+      int column = x / 8 / kChunk * kPanel + (x % 8 ^ token % 8) * 8;
+      uint4 piece = load_piece(shared_address(values) + x * 16);
+      for (uint32_t* word : {&piece.x, &piece.y, &piece.z, &piece.w}) {
+        if (any_nonfinite<Element>(*word & 0xFFFF)) atomicOr(&bad[column], 1ull << token), *word &= 0xFFFF0000u;
+        if (any_nonfinite<Element>(*word >> 16)) atomicOr(&bad[column + 1], 1ull << token), *word &= 0xFFFFu;
+        column += 2;
+      }
+      store_piece(shared_address(values) + x * 16, piece);
+    }
+    fence_for_async();
+    sync_threads(2 + group, kWarpgroup);
+  }
+
+  // NaN from the first token on that brought a value that is not finite.
   __device__ void spoil(float (&o)[kColumns / 2], const Notes<V>& notes) {
+    const auto& bad = notes.bad[kRole == Role::kGradientOfK];
 #pragma unroll
     for (int x = 0; x < kColumns / 2; ++x) {
-      const int i = row + x / 2 % 2 * 8, column = x / 4 * 8 + pair + x % 2;
-      unsigned long long seen = 0;
-      if constexpr (kRole == Role::kSingle) seen = notes.bad_v[column];
-      if constexpr (kRole == Role::kGradientOfV) seen = notes.bad_v[column] | notes.any_bad_q;
-      if constexpr (kRole == Role::kGradientOfK) seen = notes.bad_q[column] | notes.any_bad_v;
+      const int i = row + x / 2 % 2 * 8;
+      const unsigned long long seen = bad[x / 4 * 8 + pair + x % 2];
       if (p.reverse ? seen >> i : seen << (63 - i)) o[x] = CUDART_NAN_F;
     }
   }
@@ -142,30 +169,42 @@ struct OutputMaker {
     }
   }
 
-  // To global memory, 16 bytes a thread: lanes of a row exchange what they hold.
-  __device__ void store(const float (&o)[kColumns / 2], const Chunk& chunk) {
-    const int width = Of::kTransposed ? p.d : p.e, first = Of::kTransposed ? 0 : chunk.e_tile * V::kE;
-    Element* out = static_cast<Element*>(Of::kTransposed ? p.out_of_k : p.out) +
-                   ((int64_t(chunk.batch) * p.heads + chunk.head) * p.tokens + chunk.token) * width + first;
+  // To global memory, by way of the left tile, which nobody else reads any more. The copy engine does it, but for
+  // chunks that end with their sequence amid others.
+  __device__ void store(const float (&o)[kColumns / 2], const Chunk& chunk, uint8_t* staging) {
+    const uint32_t base = shared_address(staging);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int i = row + half * 8;
-#pragma unroll
-      for (int x = 0; x < kColumns / 32; ++x) {
-        uint32_t words[4];
-#pragma unroll
-        for (int block = 0; block < 4; ++block) {
-          const int at = (x * 4 + block) * 4 + half * 2;
-          words[block] = pack<Element>(o[at], o[at + 1]);
-        }
-        exchange_blocks(words);
-        const int column = x * 32 + lane % 4 * 8;
-        if (i < chunk.n && first + column < width)
-          *reinterpret_cast<uint4*>(out + int64_t(i) * width + column) =
-              make_uint4(words[0], words[1], words[2], words[3]);
-      }
+    for (int x = 0; x < kColumns / 16; ++x) {
+      const float* of = &o[x * 8];
+      store_blocks(base + x / 4 * kPanelBytes + piece_offset(row - lane / 4 + lane % 16, x % 4 * 2 + lane / 16),
+                   {pack<Element>(of[0], of[1]), pack<Element>(of[2], of[3]), pack<Element>(of[4], of[5]),
+                    pack<Element>(of[6], of[7])});
     }
+    const int first = Of::kTransposed ? 0 : chunk.e_tile * V::kE;
+    if (chunk.n < kChunk && p.table != nullptr) {
+      sync_threads(2 + group, kWarpgroup);
+      const int width = Of::kTransposed ? p.d : p.e;
+      Element* out = static_cast<Element*>(Of::kTransposed ? p.out_of_k : p.out) +
+                     ((int64_t(chunk.batch) * p.heads + chunk.head) * p.tokens + chunk.token) * width + first;
+#pragma unroll 1
+      for (int x = thread; x < chunk.n * (kColumns / 8); x += kWarpgroup) {
+        const int i = x / (kColumns / 8), piece = x % (kColumns / 8);
+        if (first + piece * 8 < width)
+          *reinterpret_cast<uint4*>(out + int64_t(i) * width + piece * 8) =
+              load_piece(base + piece / 8 * kPanelBytes + piece_offset(i, piece % 8));
+      }
+      return;
+    }
+    fence_for_async();
+    sync_threads(2 + group, kWarpgroup);
+    if (thread != 0) return;
+#pragma unroll
+    for (int panel = 0; panel < kColumns / kPanel; ++panel)
+      store_tile(Of::kTransposed ? p.out_of_k_map : p.out_map, staging + panel * kPanelBytes, first + panel * kPanel,
+                 chunk.token, chunk.head, chunk.batch);
+    commit_stores();
   }
+
   // The part of one tile of d, in float32.
   __device__ void store_part(const float (&o)[kColumns / 2], const Chunk& chunk) {
     const int first = chunk.e_tile * V::kE + pair;
@@ -179,17 +218,20 @@ struct OutputMaker {
     }
   }
 
-  __device__ void make(const Chunk& chunk, const Stage<V>& tile, const Notes<V>& notes, int outputs) {
+  __device__ void make(const Chunk& chunk, const Stage<V>& tile, Notes<V>& notes, int stage, int step, int outputs) {
     const Of of(tile);
     const int buffer = outputs % V::kStates;
+    const bool nonfinite = notes.nonfinite[kRole == Role::kGradientOfK];
     float scores[32], o[kColumns / 2];
     uint32_t masked[4][4];
     start_scores(scores, of);
+    wgmma_wait<0>();
+    wgmma_hold(scores);
+    if constexpr (V::kBoth) arrive_as_warp(shared.scored[stage]);
+    mask(masked, scores, notes);
     shared.state_full[buffer].wait(parity(outputs, V::kStates));
     start_reading(o, of, shared.states[buffer]);
-    wgmma_wait<1>();
-    wgmma_hold(scores);
-    mask(masked, scores, notes);
+    if (nonfinite) take_out(of.values, notes, stage, step);
     wgmma_wait<0>();
     wgmma_hold(o);
     arrive_as_warp(shared.state_empty[buffer]);
@@ -200,36 +242,54 @@ struct OutputMaker {
     wgmma_wait<0>();
     wgmma_hold(o);
     wgmma_hold(masked);
-    if (notes.any_bad) spoil(o, notes);
+    if (nonfinite) spoil(o, notes);
     if constexpr (Of::kThrough) through_unit_length(o, of.through, notes);
+    if constexpr (V::kBoth && V::kThrough) {  // one reads the tile that the other stages its output in
+      if constexpr (Of::kThrough)
+        arrive_as_warp(shared.through[stage]);
+      else
+        shared.through[stage].wait(parity(step, V::kStages));
+    }
     if (kRole == Role::kSingle && p.partial != nullptr)
       store_part(o, chunk);
     else
-      store(o, chunk);
+      store(o, chunk, of.left);
   }
 };
 
 // Of `group` 0 or 1: with kBoth one makes the gradients of v and the other those of k, else they take turns.
 template <class V>
 __device__ void make_outputs(const PassParams& p, SharedStorage<V>& shared, int group, int thread) {
-  int outputs = 0;
+  int outputs = 0, held = -1;  // stage that this warp has not left yet, since the copy engine reads from it
   for (int step = 0;; ++step) {
     const int stage = step % V::kStages;
     shared.ready[stage].wait(parity(step, V::kStages));
+    if (held >= 0) {
+      if (thread == 0) wait_for_stores();
+      arrive_as_warp(shared.empty[held]);
+      held = -1;
+    }
     const Chunk& chunk = shared.chunks[stage];
     if (chunk.kind == Kind::kEnd) return;
-    if (chunk.kind == Kind::kOutput) {
+    const bool output = chunk.kind == Kind::kOutput, mine = output && (V::kBoth || outputs % 2 == group);
+    if (mine) {
       const Stage<V> tile(shared, stage);
+      Notes<V>& notes = shared.notes[stage];
       if constexpr (!V::kBoth) {
-        if (outputs % 2 == group)
-          OutputMaker<V, Role::kSingle>(p, shared, thread).make(chunk, tile, shared.notes[stage], outputs);
+        OutputMaker<V, Role::kSingle>(p, shared, group, thread).make(chunk, tile, notes, stage, step, outputs);
       } else if (group == 0) {
-        OutputMaker<V, Role::kGradientOfV>(p, shared, thread).make(chunk, tile, shared.notes[stage], outputs);
+        OutputMaker<V, Role::kGradientOfV>(p, shared, group, thread).make(chunk, tile, notes, stage, step, outputs);
       } else {
-        OutputMaker<V, Role::kGradientOfK>(p, shared, thread).make(chunk, tile, shared.notes[stage], outputs);
+        OutputMaker<V, Role::kGradientOfK>(p, shared, group, thread).make(chunk, tile, notes, stage, step, outputs);
       }
-      ++outputs;
+    } else if constexpr (V::kBoth) {
+      arrive_as_warp(shared.scored[stage]);
+      if (V::kThrough && group == 1) arrive_as_warp(shared.through[stage]);
     }
-    arrive_as_warp(shared.empty[stage]);
+    outputs += output;
+    if (mine && thread < 32)
+      held = stage;
+    else
+      arrive_as_warp(shared.empty[stage]);
   }
 }

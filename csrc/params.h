@@ -21,9 +21,6 @@ struct View {
 
 constexpr double kMinLength = 1e-6;  // shorter vectors are divided by it: MIN_LENGTH of ops/numerics.py
 
-// States of a head and tile that are handed on at a time, and counts for each of them of each of 4 warps.
-constexpr int kChainRing = 4, kChainCounts = 5;
-
 // Which vectors are divided by their length: r and c in equations (1) and (2) of README.md.
 enum class Norm : int { kNone = 0, kQueriesAndKeys = 1, kValues = 2 };
 
@@ -40,18 +37,20 @@ struct PassParams {
   int q_batch, k_batch, v_batch, x_batch;  // 0: one row of the batch serves all
   int q_group, k_group, v_group, x_group;  // query heads that share a head
   View q_view, k_view, v_view;             // the same tensors, where the copy engine is not used
-  void* out;                               // (B, H, T, E), contiguous, in the inputs' type
-  void* out_of_k;                          // (B, H, T, D), the gradient of k, where it is made together with that of v
-  float* partial;                          // or (tiles of D, B, H, T, E) in float32, to be added up
-  const float* log_decay;                  // (H,) or null
-  const float* initial;                    // null: zeros
+  // (B, H, T, E), contiguous, in the inputs' type; (B, H, T, D), the gradient of k, where it is made together with that
+  // of v; or (tiles of D, B, H, T, E) in float32, to be added up.
+  void *out, *out_of_k;
+  CUtensorMap out_map, out_of_k_map;
+  float* partial;
+  const float* log_decay;  // (H,) or null
+  const float* initial;    // null: zeros
   StateStrides initial_strides;
   float* final;                // may be null
   StateStrides final_strides;  // also of final_grad
   View grad_view;              // gradients of the output and the final state, for that of the decay
   const float* final_grad;
-  // The state from segment to segment. By the copy engine's passes: kChainRing states for each head and tile, counts of
-  // what was written and read of them, and how many pieces of work were taken; counts and ticket begin at 0.
+  // The state from segment to segment. By the copy engine's passes: two states for each head and tile, how many
+  // segments each of 4 warps has done with, and how many pieces of work were taken; counts and ticket begin at 0.
   float* chain;
   int *counts, *ticket;
   // By the others: (B × segments, H, D, E), the state after each segment.

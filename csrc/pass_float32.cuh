@@ -257,8 +257,10 @@ __global__ void __launch_bounds__(kBlockThreads, kMake == Make::kDecayGradient ?
     }
   }
   if constexpr (kDecay) {
-    const float* grad = p.final_grad + work.sequence * p.final_strides.sequence + head * p.final_strides.head;
-    visit(slope, [&](float& s, int i, int j) { total += s * grad[i * p.final_strides.d + j * p.final_strides.e]; });
+    if (p.final_grad != nullptr) {
+      const float* grad = p.final_grad + work.sequence * p.final_strides.sequence + head * p.final_strides.head;
+      visit(slope, [&](float& s, int i, int j) { total += s * grad[i * p.final_strides.d + j * p.final_strides.e]; });
+    }
     for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(~0u, total, lanes);
     if (threadIdx.x % 32 == 0) shared.sums[warp] = total;
     __syncthreads();

@@ -2,7 +2,7 @@
 //
 // A block walks through segments of heads, chunk by chunk, and its warpgroups share the work:
 //   fetch    copies the tiles of a chunk; only it knows the order, the others do what it says of each chunk
-//   inspect  (three other warps) prepares the weights of tokens, lengths of vectors, and what is not finite
+//   inspect  (three other warps) prepares the weights of tokens and lengths of vectors
 //   state    keeps the state, transposed (E × D), in registers and shows it to the outputs before each chunk
 //   output   two of them: scores, masked, times values, plus what is read from the state; they take turns, or one makes
 //            the gradients of v and the other those of k
@@ -25,7 +25,11 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
     for (int stage = 0; stage < V::kStages; ++stage) {
       shared.full[stage].init(1);
       shared.ready[stage].init(kInspecting);
+      shared.advanced[stage].init(kWarps);
+      shared.scored[stage].init(2 * kWarps);
+      shared.through[stage].init(kWarps);
       shared.empty[stage].init(3 * kWarps);
+      shared.notes[stage].n = -1;
     }
     for (int buffer = 0; buffer < V::kStates; ++buffer) {
       shared.state_full[buffer].init(kWarpgroup);

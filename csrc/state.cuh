@@ -7,19 +7,21 @@
 #include "variant.cuh"
 #include "wgmma.cuh"
 
-// Loads and stores past the first cache, in the order in which they are written: the compiler would start all loads at
-// once, and has no registers for them.
-__device__ inline float4 load_four(const float4* from) {
-  float4 x;
-  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "l"(from)
-               : "memory");
-  return x;
+// 16 bytes from global to shared memory, behind this thread's back until it waits for all of them.
+__device__ inline void copy_four(float4* to, const float4* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
-__device__ inline float load_one(const float* from) {
-  float x;
-  asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Four values, or zeros. Written out, since of two ways to set the state's registers the compiler makes two states.
+__device__ inline float4 load_four(const float4* from, bool zero) {
+  float4 x;
+  asm volatile(
+      "{ .reg .pred p; setp.eq.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+      "@p ld.shared.v4.f32 {%0, %1, %2, %3}, [%4]; }"
+      : "=&f"(x.x), "=&f"(x.y), "=&f"(x.z), "=&f"(x.w)
+      : "r"(shared_address(from)), "r"(int(zero))
+      : "memory");
   return x;
 }
 
@@ -27,12 +29,9 @@ __device__ inline float load_one(const float* from) {
 template <class V>
 struct StateKeeper {
   using Element = typename V::Element;
-  static constexpr int kRows = V::kE / 64;                              // blocks of 64 rows
-  static constexpr int kN = V::kD < 128 ? V::kD : 128;                  // columns of a product
-  static constexpr int kQuads = V::kD / 8;                              // of values, of a thread, in one of them
-  static constexpr int kAtOnce = 8, kParts = kRows * kQuads / kAtOnce;  // quads that are loaded together
-  static constexpr int kWarps = 4, kRing = kChainRing;
-  static_assert(kParts < kChainCounts);
+  static constexpr int kRows = V::kE / 64;              // blocks of 64 rows
+  static constexpr int kN = V::kD < 128 ? V::kD : 128;  // columns of a product
+  static constexpr int kQuads = V::kD / 8;              // of values, of a thread, in one of them
   static constexpr int kPanelOfState = V::kE * kPanelRow;
   const PassParams& p;
   SharedStorage<V>& shared;
@@ -42,18 +41,6 @@ struct StateKeeper {
   __device__ StateKeeper(const PassParams& p, SharedStorage<V>& shared, int thread)
       : p(p), shared(shared), thread(thread), warp(thread / 32), lane(thread % 32) {}
 
-  template <class Visit>
-  __device__ void visit(const Chunk& chunk, Visit visit) {
-    const int d = chunk.d_tile * V::kD + 2 * (lane % 4), e = chunk.e_tile * V::kE + warp * 16 + lane / 4;
-#pragma unroll
-    for (int m = 0; m < kRows; ++m) {
-#pragma unroll
-      for (int i = 0; i < V::kD / 2; ++i) {
-        const int at_d = d + i / 4 * 8 + i % 2, at_e = e + m * 64 + i / 2 % 2 * 8;
-        if (at_d < p.d && at_e < p.e) visit(s[m][i], at_d, at_e);
-      }
-    }
-  }
   __device__ void zero() {
 #pragma unroll
     for (int m = 0; m < kRows; ++m)
@@ -66,86 +53,103 @@ struct StateKeeper {
 #pragma unroll
       for (int i = 0; i < V::kD / 2; ++i) s[m][i] *= factor;
   }
+  // Where a thread's first value lies in a state of these strides. Widths are multiples of 8, so that of the blocks of
+  // 8 × 8 that follow all lies within the state, or nothing.
+  __device__ int64_t offset(const Chunk& chunk, const StateStrides& at) {
+    return chunk.sequence * at.sequence + chunk.head * at.head + (chunk.d_tile * V::kD + 2 * (lane % 4)) * at.d +
+           (first_row(chunk) + lane / 4) * at.e;
+  }
+  __device__ int first_row(const Chunk& chunk) const { return chunk.e_tile * V::kE + warp * 16; }
+
   __device__ void store_final(const Chunk& chunk) {
     if (p.final == nullptr) return;
-    const StateStrides& at = p.final_strides;
-    float* to = p.final + chunk.sequence * at.sequence + chunk.head * at.head;
+    const StateStrides at = p.final_strides;
+    float* to = p.final + offset(chunk, at);
     scale(power(chunk.log2_lambda, 0));  // NaN for a bad decay, however short the sequence
-    visit(chunk, [&](float& x, int i, int j) { to[i * at.d + j * at.e] = x; });
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+      for (int n = 0; n < kQuads; ++n) {
+        const float* x = &s[m][n * 4];
+        float* here = to + n * 8 * at.d + m * 64 * at.e;
+        const int d = chunk.d_tile * V::kD + n * 8, e = first_row(chunk) + m * 64;
+        if (d < p.d && e < p.e) here[0] = x[0], here[at.d] = x[1];
+        if (d < p.d && e + 8 < p.e) here[8 * at.e] = x[2], here[8 * at.e + at.d] = x[3];
+      }
+    }
   }
 
-  // Values that a warp hands on to the same warp of the block that has the next segment, in parts, so that several
-  // blocks hand on at a time. They lie in one of kRing buffers, each of which must have been left by its reader before.
+  // Values that a warp hands on to the same warp of the block that has the next segment. Two buffers are enough: who
+  // writes one has waited for the last reader of it.
   __device__ float4* carry(const Chunk& chunk, int position) {
-    const int64_t buffer = int64_t(chunk.lane) * kRing + position % kRing;
+    const int64_t buffer = int64_t(chunk.lane) * 2 + position % 2;
     return reinterpret_cast<float4*>(p.chain) + buffer * (V::kD * V::kE / 4) + thread;
   }
-  // For each buffer: the segment whose reader left it last, and for each part the one that it was written for.
-  __device__ int* counts(const Chunk& chunk, int position) {
-    return p.counts + ((chunk.lane * kWarps + warp) * kRing + position % kRing) * kChainCounts;
-  }
-  __device__ static void wait_for(const int* count, int least) {
+  // Segments that this warp's like has done with, of all sequences in the order of the pass.
+  __device__ int* announced(const Chunk& chunk) { return p.counts + chunk.lane * 4 + warp; }
+  __device__ void wait_for_turn(const Chunk& chunk) {
     int seen;
     do {
-      asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(seen) : "l"(count) : "memory");
-    } while (seen < least);
+      asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(seen) : "l"(announced(chunk)) : "memory");
+    } while (seen < chunk.position);
     __syncwarp();
   }
-  __device__ void announce(int* count, int value) {
+  __device__ void announce(const Chunk& chunk) {
     __threadfence();
     __syncwarp();
-    if (lane == 0) asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(count), "r"(value) : "memory");
+    if (lane == 0)
+      asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(announced(chunk)), "r"(chunk.position + 1) : "memory");
   }
 
-  // s becomes the state before the segment, and the state after it goes on to the next block: equation (9).
+  // s becomes the state before the segment, and the state after it goes on to the next block: equation (9). The state
+  // passes through the room of the copies that outputs are read from, of which none is in use.
   __device__ void begin_output(const Chunk& chunk) {
-    const int position = chunk.position;
-    const float carried = power(chunk.log2_lambda, chunk.length);
-    float4* to = carry(chunk, position + 1);
-    const float4* from = carry(chunk, position);
-    const auto before = [&](int quad) {
-      return chunk.starts ? initial(chunk, quad) : load_four(from + quad * kWarpgroup);
-    };
-    if (!chunk.ends) wait_for(counts(chunk, position + 1), position + 2 - kRing);
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      if (!chunk.starts) wait_for(counts(chunk, position) + 1 + part, position);
-      if (chunk.ends) continue;
-      float4 b[kAtOnce];
-#pragma unroll
-      for (int x = 0; x < kAtOnce; ++x) b[x] = before(part * kAtOnce + x);
-#pragma unroll
-      for (int x = 0; x < kAtOnce; ++x) {
-        const int quad = part * kAtOnce + x;
-        const float* own = &s[quad / kQuads][quad % kQuads * 4];
-        __stcg(to + quad * kWarpgroup, make_float4(fmaf(carried, b[x].x, own[0]), fmaf(carried, b[x].y, own[1]),
-                                                   fmaf(carried, b[x].z, own[2]), fmaf(carried, b[x].w, own[3])));
+    const bool zeros = chunk.starts && chunk.ends && p.initial == nullptr;
+    float4* room = reinterpret_cast<float4*>(shared.states) + thread;
+    if (p.counts != nullptr) wait_for_turn(chunk);
+    if (!zeros) {
+      const float4* from = carry(chunk, chunk.position);
+#pragma unroll 4
+      for (int quad = 0; quad < kRows * kQuads; ++quad) {
+        if (chunk.starts)
+          room[quad * kWarpgroup] = initial(chunk, quad);
+        else
+          copy_four(room + quad * kWarpgroup, from + quad * kWarpgroup);
       }
-      announce(counts(chunk, position + 1) + 1 + part, position + 1);
+      wait_for_copies();
     }
-    // Read once more: the products want the new values in the registers of the old ones.
+    if (!chunk.ends) {
+      const float carried = power(chunk.log2_lambda, chunk.length);
+      float4* to = carry(chunk, chunk.position + 1);
+#pragma unroll
+      for (int quad = 0; quad < kRows * kQuads; ++quad) {
+        const float4 b = room[quad * kWarpgroup];
+        const float* own = &s[quad / kQuads][quad % kQuads * 4];
+        __stcg(to + quad * kWarpgroup, make_float4(fmaf(carried, b.x, own[0]), fmaf(carried, b.y, own[1]),
+                                                   fmaf(carried, b.z, own[2]), fmaf(carried, b.w, own[3])));
+      }
+    }
+    if (p.counts != nullptr) announce(chunk);
 #pragma unroll
     for (int quad = 0; quad < kRows * kQuads; ++quad) {
-      const float4 b = before(quad);
+      const float4 b = load_four(room + quad * kWarpgroup, zeros);
       float* own = &s[quad / kQuads][quad % kQuads * 4];
       own[0] = b.x, own[1] = b.y, own[2] = b.z, own[3] = b.w;
     }
-    if (p.counts == nullptr) return;
-    wait_for(counts(chunk, position), position + 1 - kRing);
-    announce(counts(chunk, position), position + 1);
+    sync_threads(4, kWarpgroup);  // before the room is used otherwise
   }
 
   // Four values of the initial state.
   __device__ float4 initial(const Chunk& chunk, int quad) {
-    if (p.initial == nullptr) return make_float4(0.f, 0.f, 0.f, 0.f);
+    float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (p.initial == nullptr) return x;
     const StateStrides& at = p.initial_strides;
-    const int d = chunk.d_tile * V::kD + 2 * (lane % 4) + quad % kQuads * 8;
-    const int e = chunk.e_tile * V::kE + warp * 16 + lane / 4 + quad / kQuads * 64;
-    const float* from = p.initial + chunk.sequence * at.sequence + chunk.head * at.head + d * at.d + e * at.e;
-    const auto load = [&](int i, int j) {
-      return d + i < p.d && e + j < p.e ? load_one(from + i * at.d + j * at.e) : 0.f;
-    };
-    return make_float4(load(0, 0), load(1, 0), load(0, 8), load(1, 8));
+    const int n = quad % kQuads, m = quad / kQuads;
+    const float* from = p.initial + offset(chunk, at) + n * 8 * at.d + m * 64 * at.e;
+    const int d = chunk.d_tile * V::kD + n * 8, e = first_row(chunk) + m * 64;
+    if (d < p.d && e < p.e) x.x = from[0], x.y = from[at.d];
+    if (d < p.d && e + 8 < p.e) x.z = from[8 * at.e], x.w = from[8 * at.e + at.d];
+    return x;
   }
 
   // A copy in the inputs' type, for the outputs of this chunk.
@@ -165,14 +169,16 @@ struct StateKeeper {
   }
 
   // aᵀ, each token times what it weighs in the state.
-  __device__ void load_left(uint32_t (&left)[4][4], const uint8_t* a, const float (&writing)[kChunk]) {
+  __device__ void load_left(uint32_t (&left)[4][4], const uint8_t* a, const Notes<V>& notes) {
     const uint32_t base = shared_address(a);
 #pragma unroll
     for (int x = 0; x < 4; ++x) {
       load_blocks<true>(left[x], base + piece_offset(x * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 weights = *reinterpret_cast<const float2*>(&writing[x * 16 + i / 2 * 8 + lane % 4 * 2]);
+        const int token = x * 16 + i / 2 * 8 + lane % 4 * 2;
+        float2 weights = *reinterpret_cast<const float2*>(&notes.writing[token]);
+        if constexpr (V::kLengths) weights.x *= notes.columns[token], weights.y *= notes.columns[token + 1];
         const float2 pair = unpack<Element>(left[x][i]);
         left[x][i] = pack<Element>(pair.x * weights.x, pair.y * weights.y);
       }
@@ -182,7 +188,7 @@ struct StateKeeper {
   __device__ void advance(const Chunk& chunk, const Stage<V>& tile, const Notes<V>& notes) {
     uint32_t left[kRows][4][4];
 #pragma unroll
-    for (int m = 0; m < kRows; ++m) load_left(left[m], tile.a() + m * kPanelBytes, notes.writing);
+    for (int m = 0; m < kRows; ++m) load_left(left[m], tile.a() + m * kPanelBytes, notes);
     scale(power(chunk.log2_lambda, chunk.n));
 #pragma unroll
     for (int m = 0; m < kRows; ++m) wgmma_hold(s[m]), wgmma_hold(left[m]);
@@ -201,20 +207,6 @@ struct StateKeeper {
     wgmma_wait<0>();
 #pragma unroll
     for (int m = 0; m < kRows; ++m) wgmma_hold(s[m]), wgmma_hold(left[m]);
-    if (notes.any_bad) spoil(chunk, notes);
-  }
-
-  // NaN for what was taken out of the tiles.
-  __device__ void spoil(const Chunk& chunk, const Notes<V>& notes) {
-#pragma unroll
-    for (int m = 0; m < kRows; ++m) {
-#pragma unroll
-      for (int i = 0; i < V::kD / 2; ++i) {
-        bool bad = notes.bad_v[m * 64 + warp * 16 + lane / 4 + i / 2 % 2 * 8] != 0;
-        if constexpr (V::kBoth) bad |= notes.bad_q[lane % 4 * 2 + i / 4 * 8 + i % 2] != 0;
-        if (bad) s[m][i] = CUDART_NAN_F;
-      }
-    }
   }
 };
 
@@ -222,15 +214,21 @@ template <class V>
 __device__ void keep_state(const PassParams& p, SharedStorage<V>& shared, int thread) {
   StateKeeper<V> me(p, shared, thread);
   int outputs = 0;
+  const auto wait_for_copy = [&](int output) {  // the one that this output takes the place of
+    if (output >= V::kStates) shared.state_empty[output % V::kStates].wait(parity(output, V::kStates) ^ 1);
+  };
   for (int step = 0;; ++step) {
     const int stage = step % V::kStages;
     shared.ready[stage].wait(parity(step, V::kStages));
     const Chunk& chunk = shared.chunks[stage];
     if (chunk.kind == Kind::kEnd) return;
     if (chunk.kind == Kind::kOutput) {
-      if (chunk.first) me.begin_output(chunk);
       const int buffer = outputs % V::kStates;
-      if (outputs >= V::kStates) shared.state_empty[buffer].wait(parity(outputs, V::kStates) ^ 1);
+      wait_for_copy(outputs);
+      if (chunk.first) {
+        wait_for_copy(outputs + 1);
+        me.begin_output(chunk);
+      }
       me.show(buffer);
       fence_for_async();
       shared.state_full[buffer].arrive();
@@ -239,6 +237,7 @@ __device__ void keep_state(const PassParams& p, SharedStorage<V>& shared, int th
       me.zero();
     }
     me.advance(chunk, Stage<V>(shared, stage), shared.notes[stage]);
+    arrive_as_warp(shared.advanced[stage]);
     if (chunk.kind == Kind::kOutput && chunk.last && chunk.ends) me.store_final(chunk);
     arrive_as_warp(shared.empty[stage]);
   }

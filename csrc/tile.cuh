@@ -74,21 +74,6 @@ __device__ inline void store_blocks(uint32_t address, const uint32_t (&blocks)[4
                : "memory");
 }
 
-// Lane t of four has word b of row block b; afterwards it has all four words of row block t.
-__device__ inline void exchange_blocks(uint32_t (&words)[4]) {
-  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-#pragma unroll
-  for (int x = 0; x < 4; x += 2) {
-    const uint32_t got = __shfl_xor_sync(~0u, odd ? words[x] : words[x + 1], 1);
-    (odd ? words[x] : words[x + 1]) = got;
-  }
-#pragma unroll
-  for (int x = 0; x < 2; ++x) {
-    const uint32_t got = __shfl_xor_sync(~0u, high ? words[x] : words[x + 2], 2);
-    (high ? words[x] : words[x + 2]) = got;
-  }
-}
-
 __device__ inline uint32_t load_word(uint32_t address) {
   uint32_t value;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");

@@ -29,9 +29,9 @@ struct Variant {
   static constexpr int kTileBytes = (2 * kQPanels + kVPanels) * kPanelBytes;
   static constexpr int kStageBytes = kTileBytes + (kFourth ? kVPanels * kPanelBytes : 0);
   static constexpr int kStateBytes = kD * kE * 2;
-  static constexpr int kStates = 2;  // copies of the state that outputs are read from
+  static constexpr int kStates = 2;  // copies of the state that outputs are read from; of float32 there is room for one
   // As many stages as fit.
-  static constexpr int kNotes = kChunk * 28 + 512 + 8 * (kE + (kBoth ? kD : 0));  // bytes of Notes, at most
+  static constexpr int kNotes = kChunk * 36 + 256 + 16 * (kD < kE ? kE : kD);  // bytes of Notes and Chunk, at most
   static constexpr int kFit = (226 * 1024 - kStates * kStateBytes) / (kStageBytes + kNotes);
   static constexpr int kStages = kFit < 6 ? kFit : 6;
 };
@@ -54,18 +54,19 @@ struct alignas(16) Chunk {
   float log2_lambda;
 };
 
-// What `inspect` finds in a stage, by token of the chunk or column of a tile.
+// What `inspect` finds in a stage, by token of the chunk.
 template <class V>
 struct Notes {
+  float log2_lambda;  // of which the weights are, for chunks of n tokens
+  int n;
   float weights[2 * kChunk];  // λ^|i-j| at i - j + kChunk, or -1 where masked
   float writing[kChunk];      // what token j weighs in the state
   float reading[kChunk];      // what token i reads the state with
   float columns[V::kLengths ? kChunk : 1], rows[V::kLengths ? kChunk : 1];  // 1 / |x| of what scores are made of
   // To take a gradient through unit length: 1 / |x|, and 1 / |x|² or 0 for vectors divided by a constant.
   float inverse[V::kThrough ? kChunk : 1], along[V::kThrough ? kChunk : 1];
-  unsigned long long bad_v[V::kE], bad_q[V::kBoth ? V::kD : 1];  // tokens whose value is not finite
-  unsigned long long any_bad_v, any_bad_q;
-  int any_bad;
+  int nonfinite[2];  // whether the values of each output hold something that is not finite
+  unsigned long long bad[2][V::kD < V::kE ? V::kE : V::kD];  // which tokens, for each column; else undefined
 };
 
 template <class V>
@@ -74,7 +75,10 @@ struct alignas(1024) SharedStorage {
   uint8_t states[V::kStates][V::kStateBytes];  // transposed: kE rows in panels of 64 of the kD columns
   Chunk chunks[V::kStages];
   Notes<V> notes[V::kStages];
-  Barrier full[V::kStages], ready[V::kStages], empty[V::kStages];
+  // A stage is full when its tiles have come, ready when they are inspected, empty when all are done with it. Before
+  // that the state has advanced, scores are made and vectors through which a gradient goes are read.
+  Barrier full[V::kStages], ready[V::kStages], advanced[V::kStages], scored[V::kStages], through[V::kStages],
+      empty[V::kStages];
   Barrier state_full[V::kStates], state_empty[V::kStates];
 };
 

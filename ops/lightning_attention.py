@@ -81,7 +81,7 @@ def lightning_attention(
     if backend == "cuda" and reason is not None:
         raise ValueError(f"backend: 'cuda' can't take this call: {reason}")
     kernels = backend != "torch" and reason is None
-    o, state = _forward(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, kernels)
+    o, state = _forward(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, output_final_state, kernels)
     return (o, state) if output_final_state else o
 
 
@@ -124,24 +124,36 @@ def _forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     qk_norm: bool,
+    with_state: bool,
     kernels: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Returns an empty tensor for a state that nobody asked for: an operator's results can't be optional."""
+    arguments = q, k, v, log_decay, initial_state, cu_seqlens, qk_norm
     with no_autocast(q):
-        compute = cuda_forward if kernels and _has_elements(q, v) else chunkwise_forward
-        return compute(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
+        if kernels and _has_elements(q, v):
+            o, state = cuda_forward(*arguments, with_state)
+        else:
+            o, state = chunkwise_forward(*arguments)
+    return o, state if with_state and state is not None else _nothing(q)
+
+
+def _nothing(q: Tensor) -> Tensor:
+    return q.new_empty(0, dtype=compute_type(q.dtype))
 
 
 @_forward.register_fake
-def _(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, kernels):  # type: ignore[no-untyped-def]
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def _(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, with_state, kernels):  # type: ignore[no-untyped-def]
     o = v.new_empty((*q.shape[:3], v.shape[3]))
+    if not with_state:
+        return o, _nothing(q)
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return o, v.new_empty((sequences, q.shape[1], q.shape[3], v.shape[3]), dtype=compute_type(q.dtype))
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::attention_backward", mutates_args=())
 def _backward(
     grad_o: Tensor,
-    grad_state: Tensor,
+    grad_state: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -152,15 +164,28 @@ def _backward(
     decay_grad: bool,
     kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    arguments = grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm
+    """Gradients of q, k, v, log_decay and the initial state; the last two are empty where there is no such argument."""
+    arguments = q, k, v, log_decay, initial_state, cu_seqlens, qk_norm
+    grad_decay, grad_initial = None, None
     with no_autocast(q):
-        if not kernels or not _has_elements(q, v):
-            return chunkwise_backward(*arguments, decay_grad)
-        dq, dk, dv, grad_initial = cuda_backward(*arguments)
-        grad_decay = grad_initial.new_zeros(q.shape[1])
-        if decay_grad and log_decay is not None:
-            grad_decay = cuda_decay_gradient(grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm)
-        return dq, dk, dv, grad_decay, grad_initial
+        if kernels and _has_elements(q, v):
+            dq, dk, dv, grad_initial = cuda_backward(grad_o, grad_state, *arguments)
+            if decay_grad and log_decay is not None:
+                grad_decay = cuda_decay_gradient(
+                    grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm
+                )
+        else:
+            if grad_state is None:
+                sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+                grad_state = q.new_zeros((sequences, q.shape[1], q.shape[3], v.shape[3]), dtype=compute_type(q.dtype))
+            dq, dk, dv, grad_decay, grad_initial = chunkwise_backward(grad_o, grad_state, *arguments, decay_grad)
+    return (
+        dq,
+        dk,
+        dv,
+        grad_decay if decay_grad and grad_decay is not None else _nothing(q),
+        grad_initial if initial_state is not None and grad_initial is not None else _nothing(q),
+    )
 
 
 def _has_elements(q: Tensor, v: Tensor) -> bool:
@@ -170,21 +195,27 @@ def _has_elements(q: Tensor, v: Tensor) -> bool:
 @_backward.register_fake
 def _(grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, decay_grad, kernels):  # type: ignore[no-untyped-def]
     grads = (x.new_empty(x.shape) for x in (q, k, v))
-    return *grads, grad_state.new_empty(q.shape[1:2]), grad_state.new_empty(grad_state.shape)
+    grad_decay = _nothing(q) if log_decay is None or not decay_grad else _nothing(q).new_empty(q.shape[1])
+    return *grads, grad_decay, _nothing(q) if initial_state is None else initial_state.new_empty(initial_state.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.qk_norm, ctx.kernels = inputs
+    *tensors, ctx.qk_norm, ctx.with_state, ctx.kernels = inputs
     ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_o: Tensor | None, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # read once: gradient checkpointing frees them at the first reading
-    log_decay, initial_state = saved[3:5]
+    q, _, v, log_decay, initial_state = saved[:5]
+    if grad_o is None:
+        grad_o = v.new_zeros((*q.shape[:3], v.shape[3]))
     decay_grad = ctx.needs_input_grad[3]
+    if not ctx.with_state:
+        grad_state = None
     dq, dk, dv, grad_decay, grad_initial = _backward(grad_o, grad_state, *saved, ctx.qk_norm, decay_grad, ctx.kernels)
-    grad_decay = None if log_decay is None else grad_decay.to(log_decay.dtype)
-    return dq, dk, dv, grad_decay, None if initial_state is None else grad_initial, None, None, None
+    grad_decay = None if log_decay is None or not decay_grad else grad_decay.to(log_decay.dtype)
+    return dq, dk, dv, grad_decay, None if initial_state is None else grad_initial, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

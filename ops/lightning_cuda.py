@@ -23,7 +23,6 @@ from .numerics import sum_groups, unit_length, unit_length_backward
 MAX_WIDTH = 1024
 CHUNK = 64  # tokens; kChunk of csrc/variant.cuh
 FLOAT32_TILE = 128, 64  # kFloat32Tile of csrc/variants.h
-CHAIN_RING, CHAIN_COUNTS = 4, 5  # kChainRing and kChainCounts of csrc/params.h
 NO_NORM, NORM_QUERIES_AND_KEYS, NORM_VALUES = 0, 1, 2  # Norm of csrc/params.h
 
 
@@ -75,24 +74,29 @@ def forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     qk_norm: bool,
-) -> tuple[Tensor, Tensor]:
-    """o (B, H, T, E) in v's type and the final state (sequences, H, D, E); see `lightning_attention`."""
+    with_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """o (B, H, T, E) in v's type and the final state (sequences, H, D, E) if asked for; see `lightning_attention`."""
     widths = q.shape[3], v.shape[3]
     if qk_norm and not _norm_in_kernel(q, 256):
         q, k, qk_norm = unit_length(q), unit_length(k), False
     q, k, v = (_for_kernel(x) for x in (q, k, v))
     if initial_state is not None:
         initial_state = _padded_state(initial_state, q, v)
-    sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    final = q.new_empty((sequences, q.shape[1], q.shape[3], v.shape[3]), dtype=torch.float32)
+    final = None
+    if with_state:
+        sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        final = q.new_empty((sequences, q.shape[1], q.shape[3], v.shape[3]), dtype=torch.float32)
     norm = NORM_QUERIES_AND_KEYS if qk_norm else NO_NORM
     o = _attend(q, k, v, q.shape[1], log_decay, initial_state, cu_seqlens, final=final, norm=norm)
-    return o[..., : widths[1]].contiguous(), final[..., : widths[0], : widths[1]].contiguous()
+    if final is not None:
+        final = final[..., : widths[0], : widths[1]].contiguous()
+    return o[..., : widths[1]].contiguous(), final
 
 
 def backward(
     grad_o: Tensor,
-    grad_state: Tensor,
+    grad_state: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -100,39 +104,44 @@ def backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     qk_norm: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the initial state."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and the initial state; `grad_state` None means zeros."""
     d, e, wide_q, wide_k = q.shape[3], v.shape[3], q, k
     norm_outside = qk_norm and not _norm_in_kernel(q, 128)
     if norm_outside:
         q, k, qk_norm = unit_length(q), unit_length(k), False
     do, q, k, v = (_for_kernel(x) for x in (grad_o, q, k, v))
+    grad_initial = None
     if initial_state is not None:
         initial_state = _padded_state(initial_state, q, v)
-    grad_state = _padded_state(grad_state, q, v)
+        grad_initial = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
+    if grad_state is not None:
+        grad_state = _padded_state(grad_state, q, v)
     heads = q.shape[1]
-    grad_initial = torch.empty_like(grad_state, memory_format=torch.contiguous_format)
     of_values, of_both = (NORM_VALUES, NORM_QUERIES_AND_KEYS) if qk_norm else (NO_NORM, NO_NORM)
 
     start = None if initial_state is None else initial_state.mT
     through = q if qk_norm else None
     dq = _attend(do, v, k, heads, log_decay, start, cu_seqlens, norm=of_values, through=through)
-    if _tile(k, v) in ((64, 64), (128, 128)):
+    if k.dtype != torch.float32 and max(k.shape[3], v.shape[3]) <= 128:
         dk, dv = _gradients_of_both(do, grad_state, grad_initial, q, k, v, log_decay, cu_seqlens, of_both)
     else:
         dv = _attend(k, q, do, heads, log_decay, grad_state, cu_seqlens, final=grad_initial, reverse=True)
-        dk = _attend(v, do, q, heads, log_decay, grad_state.mT, cu_seqlens, reverse=True)
+        start = None if grad_state is None else grad_state.mT
+        dk = _attend(v, do, q, heads, log_decay, start, cu_seqlens, reverse=True)
     dk, dv = sum_groups(dk, k.shape[1]), sum_groups(dv, v.shape[1])
 
     dq, dk, dv = (x[..., :width] for x, width in ((dq, d), (dk, d), (dv, e)))
     if norm_outside:
         dq, dk = (unit_length_backward(dx.float(), x).to(x.dtype) for dx, x in ((dq, wide_q), (dk, wide_k)))
-    return dq.contiguous(), dk.contiguous(), dv.contiguous(), grad_initial[..., :d, :e].contiguous()
+    if grad_initial is not None:
+        grad_initial = grad_initial[..., :d, :e].contiguous()
+    return dq.contiguous(), dk.contiguous(), dv.contiguous(), grad_initial
 
 
 def decay_gradient(
     grad_o: Tensor,
-    grad_state: Tensor,
+    grad_state: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -195,17 +204,16 @@ def _attend(
             q, k, v, *common, carry, out, final, segments.length, reverse, _exact()
         )
     else:
-        chain = _chain(k, v, heads, segments)
         torch.ops.transnormer_kernels.attend(
-            q, k, v, through, *common, *chain, out, None, final, segments.length, reverse, norm
+            q, k, v, through, *common, *_chain(k, v, heads, segments), out, None, final, segments.length, reverse, norm
         )
     return out if parts == 1 else out.sum(0).to(v.dtype)
 
 
 def _gradients_of_both(
     do: Tensor,
-    grad_state: Tensor,
-    grad_initial: Tensor,
+    grad_state: Tensor | None,
+    grad_initial: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -217,21 +225,20 @@ def _gradients_of_both(
     heads = q.shape[1]
     segments = _segments(k, v, heads, cu_seqlens)
     dk, dv = k.new_empty((*q.shape[:3], k.shape[3])), v.new_empty((*q.shape[:3], v.shape[3]))
+    chain = _chain(k, v, heads, segments)
     torch.ops.transnormer_kernels.attend(
-        q, k, v, do, log_decay, grad_state, segments.table, *_chain(k, v, heads, segments), dv, dk, grad_initial,
-        segments.length, True, norm,
-    )  # fmt: skip
+        q, k, v, do, log_decay, grad_state, segments.table, *chain, dv, dk, grad_initial, segments.length, True, norm
+    )
     return dk, dv
 
 
 def _chain(k: Tensor, v: Tensor, heads: int, segments: Segments) -> tuple[Tensor | None, Tensor | None]:
-    """What blocks hand on from segment to segment: states and counts; None where sequences are whole."""
+    """What blocks hand on from segment to segment, two states and 4 counts for each head and tile; or None."""
     if segments.number == 1:
         return None, None
     d, e = _tile(k, v)
     lanes = math.prod(_parts((d, e), k, v)) * heads * (k.shape[0] if segments.table is None else 1)
-    states = k.new_empty(lanes * CHAIN_RING * d * e, dtype=torch.float32)
-    return states, k.new_zeros(lanes * CHAIN_RING * 4 * CHAIN_COUNTS + 1, dtype=torch.int32)
+    return k.new_empty(lanes * 2 * d * e, dtype=torch.float32), k.new_zeros(lanes * 4 + 1, dtype=torch.int32)
 
 
 def _segments(k: Tensor, v: Tensor, heads: int, cu_seqlens: Tensor | None) -> Segments:

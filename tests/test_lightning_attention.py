@@ -104,7 +104,8 @@ def test_operators_keep_the_contract_of_torch_library(layout: str, bounds, devic
     leaves = [x.detach().requires_grad_() for x in tensors.values()]
     do, dstate = output_gradients(case, device, torch.float32)
     cu_seqlens = case.cu_seqlens(device)
-    torch.library.opcheck(_forward, (*leaves, cu_seqlens, True, False))
+    for with_state in (False, True):
+        torch.library.opcheck(_forward, (*leaves, cu_seqlens, True, with_state, False))
     torch.library.opcheck(_backward, (do, dstate, *tensors.values(), cu_seqlens, True, True, False))
 
 
@@ -295,4 +296,4 @@ def test_bad_bounds_on_a_gpu_give_nan(bounds: tuple[int, ...]) -> None:
 def test_bad_bounds_that_a_graph_does_not_read_give_nan(bounds: tuple[int, ...]) -> None:
     x = torch.randn(1, 2, 100, 16)
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    assert _forward(x, x, x, None, None, cu_seqlens, False, False)[0].isnan().all()
+    assert _forward(x, x, x, None, None, cu_seqlens, False, False, False)[0].isnan().all()
