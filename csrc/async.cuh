@@ -9,6 +9,13 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same, made where it is used: the compiler would make all that follows from it ahead, and keep it in registers.
+__device__ inline uint32_t address_now(const void* pointer) {
+  uint32_t address = shared_address(pointer);
+  asm volatile("" : "+r"(address));
+  return address;
+}
+
 // An mbarrier: a phase ends after `arrivals` arrivals and all bytes that were announced.
 struct Barrier {
   uint64_t word;
@@ -71,22 +78,27 @@ __device__ inline void set_registers() {
     fewer_registers<kCount>();
 }
 
+// How long the second cache should keep what is copied; the values are those of createpolicy for a whole access.
+enum class Keep : uint64_t { kNormal = 0x1000000000000000, kShort = 0x12F0000000000000, kLong = 0x14F0000000000000 };
+
 // Copies the box at (column, token, head, batch) of a tensor to shared memory; what lies outside arrives as zeros.
-__device__ inline void copy_tile(void* to, const CUtensorMap& map, Barrier& barrier, int column, int token, int head,
-                                 int batch) {
+__device__ inline void copy_tile(void* to, const CUtensorMap& map, Barrier& barrier, Keep keep, int column, int token,
+                                 int head, int batch) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
-      "[%2];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(token), "r"(head), "r"(batch)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(token), "r"(head), "r"(batch), "l"(uint64_t(keep))
       : "memory");
 }
 
 // Copies a box from shared memory to (column, token, head, batch) of a tensor; what lies outside is left out.
-__device__ inline void store_tile(const CUtensorMap& map, const void* from, int column, int token, int head,
+__device__ inline void store_tile(const CUtensorMap& map, const void* from, Keep keep, int column, int token, int head,
                                   int batch) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
-               "r"(shared_address(from)), "r"(column), "r"(token), "r"(head), "r"(batch)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5}], [%1], %6;" ::"l"(
+          &map),
+      "r"(shared_address(from)), "r"(column), "r"(token), "r"(head), "r"(batch), "l"(uint64_t(keep))
+      : "memory");
 }
 // Of this thread's stores: begins to count them, and waits until shared memory has been read.
 __device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

@@ -14,6 +14,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include "combine.h"
 #include "step.h"
 #include "variants.h"
 
@@ -170,7 +171,7 @@ void fill_output(PassParams& p, const Tensor& out, const Tensor& k) {
   }
 }
 
-void plan(const Tensor& cu_seqlens, int64_t tokens, int64_t segment_length, const Tensor& table) {
+void plan(const Tensor& cu_seqlens, int64_t tokens, int64_t segment_length, int64_t whole, const Tensor& table) {
   CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_contiguous() && cu_seqlens.is_cuda(),
         "cu_seqlens: expected contiguous int32 on a GPU");
   check_same(table, "table", ScalarType::Int, cu_seqlens);
@@ -178,7 +179,7 @@ void plan(const Tensor& cu_seqlens, int64_t tokens, int64_t segment_length, cons
   CHECK(slots >= tokens / segment_length + sequences && table.is_contiguous() && table.size(1) == 4,
         "table: expected room for every segment");
   const torch::stable::accelerator::DeviceGuard guard(cu_seqlens.get_device_index());
-  check_cuda(run_plan(static_cast<const int*>(cu_seqlens.data_ptr()), sequences, tokens, segment_length,
+  check_cuda(run_plan(static_cast<const int*>(cu_seqlens.data_ptr()), sequences, tokens, segment_length, whole,
                       static_cast<Segment*>(table.data_ptr()), slots, stream_of(cu_seqlens)));
 }
 
@@ -308,6 +309,16 @@ void decay_gradient(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   check_cuda(run_decay_gradient(p, element_type(k, "k"), exact, slots * heads * tiles, stream_of(k)));
 }
 
+void combine(const Tensor& parts, const Tensor& out) {
+  const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
+  check_same(parts, "parts", ScalarType::Float, out);
+  CHECK(parts.is_contiguous() && out.is_contiguous() && parts.numel() == parts.size(0) * out.numel(),
+        "parts: expected contiguous, of the size of out each");
+  CHECK(out.numel() % 4 == 0, "out: expected a multiple of 4 values, got ", out.numel());
+  check_cuda(run_combine(static_cast<const float*>(parts.data_ptr()), parts.size(0), out.data_ptr(), out.numel(),
+                         element_type(out, "out"), stream_of(out)));
+}
+
 void step(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
           const Tensor& state, const Tensor& out) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
@@ -337,7 +348,7 @@ void step(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional
 }  // namespace
 
 STABLE_TORCH_LIBRARY(transnormer_kernels, m) {
-  m.def("plan(Tensor cu_seqlens, int tokens, int segment_length, Tensor(a!) table) -> ()");
+  m.def("plan(Tensor cu_seqlens, int tokens, int segment_length, int whole, Tensor(a!) table) -> ()");
   m.def(
       "attend(Tensor q, Tensor k, Tensor v, Tensor? x, Tensor? log_decay, Tensor? initial, Tensor? table,"
       " Tensor(a!)? chain, Tensor(b!)? counts, Tensor(c!) out, Tensor(d!)? out_of_k, Tensor(e!)? "
@@ -352,6 +363,7 @@ STABLE_TORCH_LIBRARY(transnormer_kernels, m) {
   m.def(
       "decay_gradient(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? initial, Tensor? table, Tensor grad_o,"
       " Tensor? grad_state, Tensor(a!) parts, bool exact) -> ()");
+  m.def("combine(Tensor parts, Tensor(a!) out) -> ()");
   m.def("step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, Tensor(b!) out) -> ()");
 }
 
@@ -361,5 +373,6 @@ STABLE_TORCH_LIBRARY_IMPL(transnormer_kernels, CUDA, m) {
   m.impl("states_float32", TORCH_BOX(&states_float32));
   m.impl("attend_float32", TORCH_BOX(&attend_float32));
   m.impl("decay_gradient", TORCH_BOX(&decay_gradient));
+  m.impl("combine", TORCH_BOX(&combine));
   m.impl("step", TORCH_BOX(&step));
 }

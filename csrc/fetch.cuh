@@ -24,10 +24,16 @@ struct Fetcher {
     return stage;
   }
 
-  __device__ void copy(uint8_t* to, int panels, const CUtensorMap& map, Barrier& barrier, int column, int token,
-                       int head, int batch) {
+  // What a cut sequence reads twice stays for the second time, in which all the rest passes through.
+  __device__ Keep keep(Kind kind) const {
+    if (p.counts == nullptr || p.d_tiles * p.e_tiles > 1) return Keep::kNormal;
+    return kind == Kind::kAdvance ? Keep::kLong : Keep::kShort;
+  }
+
+  __device__ void copy(uint8_t* to, int panels, const CUtensorMap& map, Barrier& barrier, int column,
+                       const Chunk& chunk, int head, int batch) {
     for (int i = 0; i < panels; ++i)
-      copy_tile(to + i * kPanelBytes, map, barrier, column + i * kPanel, token, head, batch);
+      copy_tile(to + i * kPanelBytes, map, barrier, keep(chunk.kind), column + i * kPanel, chunk.token, head, batch);
   }
 
   __device__ void send(const Chunk& chunk) {
@@ -39,10 +45,10 @@ struct Fetcher {
     const bool v = all || !V::kBoth, q = all || V::kBoth, k = all || !V::kBoth;
     full.arrive_expecting(((q + k) * V::kQPanels + (v + x) * V::kVPanels) * kPanelBytes);
     const int d = chunk.d_tile * V::kD, e = chunk.e_tile * V::kE;
-    if (k) copy(tile.k, V::kQPanels, p.k, full, d, chunk.token, chunk.head / p.k_group, chunk.batch * p.k_batch);
-    if (v) copy(tile.v, V::kVPanels, p.v, full, e, chunk.token, chunk.head / p.v_group, chunk.batch * p.v_batch);
-    if (q) copy(tile.q, V::kQPanels, p.q, full, d, chunk.token, chunk.head / p.q_group, chunk.batch * p.q_batch);
-    if (x) copy(tile.x, V::kVPanels, p.x, full, e, chunk.token, chunk.head / p.x_group, chunk.batch * p.x_batch);
+    if (k) copy(tile.k, V::kQPanels, p.k, full, d, chunk, chunk.head / p.k_group, chunk.batch * p.k_batch);
+    if (v) copy(tile.v, V::kVPanels, p.v, full, e, chunk, chunk.head / p.v_group, chunk.batch * p.v_batch);
+    if (q) copy(tile.q, V::kQPanels, p.q, full, d, chunk, chunk.head / p.q_group, chunk.batch * p.q_batch);
+    if (x) copy(tile.x, V::kVPanels, p.x, full, e, chunk, chunk.head / p.x_group, chunk.batch * p.x_batch);
   }
 
   // All chunks of a segment, once to find its state where later segments need it, and once for the outputs.
@@ -79,7 +85,7 @@ __device__ void fetch(const PassParams& p, SharedStorage<V>& shared) {
     chunk.starts = work.first, chunk.ends = work.last, chunk.length = work.length;
     chunk.sequence = work.sequence, chunk.batch = work.batch, chunk.head = head;
     chunk.d_tile = tile / p.e_tiles, chunk.e_tile = tile % p.e_tiles;
-    chunk.lane = lane, chunk.position = position;
+    chunk.chain = lane, chunk.position = position;
     chunk.log2_lambda = work.valid ? log2_decay(p.log_decay, head) : CUDART_NAN_F;
     fetcher.segment(work, chunk);
   }

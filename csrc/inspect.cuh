@@ -70,12 +70,14 @@ struct Inspector {
       notes.reading[i] = power(chunk.log2_lambda, p.reverse ? max(chunk.n - 1 - i, 0) : i + 1);
       notes.writing[i] = power(chunk.log2_lambda, p.reverse ? i + 1 : max(chunk.n - 1 - i, 0));
     }
+    sync_threads(1, kInspecting);
   }
 
-  // Calls use(row, length) for each row of a tile. Eight lanes take a row, a piece each, and this thread's warp every
-  // third group of four rows; each of the eight lanes has the sums of one of these groups in the end.
+  // Calls use(row, length) for each row of a tile; returns whether one of them is not finite. Eight lanes take a row, a
+  // piece each, and this thread's warp every third group of four rows; each of the eight lanes has the sums of one of
+  // these groups in the end.
   template <int kPanels, class Use>
-  __device__ void measure(uint8_t* tile, Use use) {
+  __device__ bool measure(uint8_t* tile, Use use) {
     constexpr bool kHalf = std::is_same_v<Element, __half>;
     constexpr float kLeast = kHalf ? 0x1p-8f : 0x1p-39f, kMost = kHalf ? 0x1p12f : 0x1p80f;
     constexpr int kGroups = kChunk / 4, kWarps = kInspecting / 32;
@@ -100,26 +102,33 @@ struct Inspector {
       if (thread % 8 == turn) square = sum;
     }
     const int row = row_of(thread % 8);
-    if (row >= kChunk) return;
+    if (row >= kChunk) return false;
     if (square >= kLeast && square <= kMost) {
       const float unit = rsqrtf(square);
       use(row, Length{unit, unit, false});
-    } else {
-      use(row, length_of_extreme<Element>(tile, kPanels, row));
+      return false;
     }
+    const Length length = length_of_extreme<Element>(tile, kPanels, row);
+    use(row, length);
+    return isnan(length.unit);
   }
 
   // The vectors of columns of the scores, and those of their rows, or through whose length the gradient goes.
-  __device__ void measure_all(const Chunk& chunk, const Stage<V>& tile, Notes<V>& notes) {
+  // Returns whether one of the first is not finite.
+  __device__ bool measure_all(const Chunk& chunk, const Stage<V>& tile, Notes<V>& notes) {
     constexpr int kPanels = V::kNorm == Norm::kValues ? V::kVPanels : V::kQPanels;
     uint8_t* of_columns = V::kNorm == Norm::kValues ? tile.v : tile.b();
     uint8_t* of_rows = V::kNorm == Norm::kValues ? tile.x : V::kBoth ? tile.k : tile.q;
-    measure<kPanels>(of_columns, [&](int row, Length x) { notes.columns[row] = x.unit; });
-    if (chunk.kind == Kind::kAdvance) return;
+    const bool nonfinite = measure<kPanels>(of_columns, [&](int row, Length x) {
+      notes.columns[row] = x.unit;
+      notes.scaled[row] = x.unit * notes.writing[row];
+    });
+    if (chunk.kind == Kind::kAdvance) return false;
     measure<kPanels>(of_rows, [&](int row, Length x) {
       notes.rows[row] = x.unit;
       if constexpr (V::kThrough) notes.inverse[row] = x.inverse, notes.along[row] = x.constant ? 0.f : x.unit * x.unit;
     });
+    return nonfinite;
   }
 
   // Rows behind the end of a sequence belong to another one: times zero they could still be NaN.
@@ -128,12 +137,12 @@ struct Inspector {
       if (x / 8 % kChunk >= n) store_piece(shared_address(tile) + x * 16, make_uint4(0, 0, 0, 0));
   }
 
-  __device__ bool any_nonfinite_in(const uint8_t* tile, int panels) {
+  __device__ bool nonfinite_in(const uint8_t* tile, int panels) {
     bool found = false;
 #pragma unroll 4
     for (int x = thread; x < panels * kChunk * 8; x += kInspecting)
       found |= nonfinite_among<Element>(load_piece(shared_address(tile) + x * 16));
-    return any_thread(1, kInspecting, found);
+    return found;
   }
 
   __device__ void inspect(const Chunk& chunk, const Stage<V>& tile, Notes<V>& notes) {
@@ -143,11 +152,15 @@ struct Inspector {
       clear_rows(tile.b(), V::kQPanels, chunk.n);
       sync_threads(1, kInspecting);
     }
-    if constexpr (V::kLengths) measure_all(chunk, tile, notes);
+    bool of_lengths = false;
+    if constexpr (V::kLengths) of_lengths = measure_all(chunk, tile, notes);
     if (chunk.kind == Kind::kAdvance) return;
-    // The values of the outputs: those of the first are a, with kBoth those of the second are b.
-    const bool first = any_nonfinite_in(tile.a(), V::kVPanels);
-    const bool second = V::kBoth && any_nonfinite_in(tile.b(), V::kQPanels);
+    // The values of the outputs: those of the first are a, with kBoth those of the second are b. Some were measured.
+    bool first = of_lengths, second = of_lengths;
+    if constexpr (V::kNorm != Norm::kValues) first = nonfinite_in(tile.a(), V::kVPanels);
+    if constexpr (V::kBoth && !V::kLengths) second = nonfinite_in(tile.b(), V::kQPanels);
+    first = any_thread(1, kInspecting, first);
+    if constexpr (V::kBoth) second = any_thread(1, kInspecting, second);
     if (thread == 0) notes.nonfinite[0] = first, notes.nonfinite[1] = second;
   }
 };

@@ -50,26 +50,33 @@ struct OutputMaker {
         pair(2 * (lane % 4)) {}
 
   __device__ void start_scores(float (&scores)[32], const Of& of) {
+    const uint32_t left = address_now(of.left), right = address_now(of.right);
     wgmma_fence();
 #pragma unroll
-    for (int x = 0; x < Of::kInner / 16; ++x) {
-      const int at = x / 4 * kPanelBytes + x % 4 * 32;
-      wgmma<Element, 64, 0>(scores, descriptor(shared_address(of.left) + at), descriptor(shared_address(of.right) + at),
-                            x > 0);
+    for (int panel = 0; panel < Of::kInner / kPanel; ++panel) {
+#pragma unroll
+      for (int x = 0; x < 4; ++x) {
+        const int at = panel * kPanelBytes + x * 32;
+        wgmma<Element, 64, 0>(scores, descriptor(left + at), descriptor(right + at), panel + x > 0);
+      }
     }
     wgmma_commit();
   }
 
   __device__ void start_reading(float (&o)[kColumns / 2], const Of& of, const uint8_t* state) {
+    const uint32_t left = address_now(of.left), right = address_now(state);
     wgmma_fence();
 #pragma unroll
-    for (int x = 0; x < Of::kInner / 16; ++x) {
-      const uint64_t left = descriptor(shared_address(of.left) + x / 4 * kPanelBytes + x % 4 * 32);
-      const uint32_t right = shared_address(state);
-      if constexpr (Of::kTransposed)
-        wgmma<Element, kColumns, 1>(o, left, descriptor(right + x * 16 * kPanelRow, kPanelOfState), x > 0);
-      else
-        wgmma<Element, kColumns, 0>(o, left, descriptor(right + x / 4 * kPanelOfState + x % 4 * 32), x > 0);
+    for (int panel = 0; panel < Of::kInner / kPanel; ++panel) {
+#pragma unroll
+      for (int x = 0; x < 4; ++x) {
+        const uint64_t a = descriptor(left + panel * kPanelBytes + x * 32);
+        if constexpr (Of::kTransposed)
+          wgmma<Element, kColumns, 1>(o, a, descriptor(right + (panel * 4 + x) * 16 * kPanelRow, kPanelOfState),
+                                      panel + x > 0);
+        else
+          wgmma<Element, kColumns, 0>(o, a, descriptor(right + panel * kPanelOfState + x * 32), panel + x > 0);
+      }
     }
     wgmma_commit();
   }
@@ -200,8 +207,9 @@ struct OutputMaker {
     if (thread != 0) return;
 #pragma unroll
     for (int panel = 0; panel < kColumns / kPanel; ++panel)
-      store_tile(Of::kTransposed ? p.out_of_k_map : p.out_map, staging + panel * kPanelBytes, first + panel * kPanel,
-                 chunk.token, chunk.head, chunk.batch);
+      store_tile(Of::kTransposed ? p.out_of_k_map : p.out_map, staging + panel * kPanelBytes,
+                 p.counts == nullptr ? Keep::kNormal : Keep::kShort, first + panel * kPanel, chunk.token, chunk.head,
+                 chunk.batch);
     commit_stores();
   }
 

@@ -38,10 +38,11 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
     fence_barrier_init();
   }
   __syncthreads();
-  const int group = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
+  // By a shuffle, so that the compiler knows it to be the same for a warp.
+  const int group = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   if (group == 0) {
     more_registers<V::kStateRegisters>();
-    keep_state<V>(p, shared, thread);
+    keep_state<V>(p, shared);
   } else if (group < 3) {
     more_registers<V::kOutputRegisters>();
     make_outputs<V>(p, shared, group - 1, thread);

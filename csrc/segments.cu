@@ -9,15 +9,21 @@ namespace {
 
 constexpr int kThreads = 1024;
 
-// One block. Bounds that do not rise from 0 to T become one sequence of all tokens and empty others, marked as bad.
-__global__ void plan_kernel(const int* cu_seqlens, int sequences, int tokens, int segment_length, Segment* table,
-                            int slots) {
+// One block. Sequences stay whole where none is longer than `whole`. Bounds that do not rise from 0 to T become one
+// sequence of all tokens and empty others, marked as bad.
+__global__ void plan_kernel(const int* cu_seqlens, int sequences, int tokens, int segment_length, int whole,
+                            Segment* table, int slots) {
   __shared__ int counts[kThreads];
   __shared__ int used;
   const int thread = threadIdx.x;
   bool good = cu_seqlens[0] == 0 && cu_seqlens[sequences] == tokens;
-  for (int n = thread; n < sequences; n += kThreads) good &= cu_seqlens[n] <= cu_seqlens[n + 1];
+  bool short_ones = true;
+  for (int n = thread; n < sequences; n += kThreads) {
+    good &= cu_seqlens[n] <= cu_seqlens[n + 1];
+    short_ones &= cu_seqlens[n + 1] - cu_seqlens[n] <= whole;
+  }
   good = __syncthreads_and(good);
+  if (__syncthreads_and(short_ones)) segment_length = tokens;
   if (thread == 0) used = 0;
   __syncthreads();
   for (int from = 0; from < sequences; from += kThreads) {
@@ -70,9 +76,9 @@ __global__ void scan_kernel(const __grid_constant__ PassParams p, int elements) 
 
 }  // namespace
 
-cudaError_t run_plan(const int* cu_seqlens, int sequences, int tokens, int segment_length, Segment* table, int slots,
-                     cudaStream_t stream) {
-  plan_kernel<<<1, kThreads, 0, stream>>>(cu_seqlens, sequences, tokens, segment_length, table, slots);
+cudaError_t run_plan(const int* cu_seqlens, int sequences, int tokens, int segment_length, int whole, Segment* table,
+                     int slots, cudaStream_t stream) {
+  plan_kernel<<<1, kThreads, 0, stream>>>(cu_seqlens, sequences, tokens, segment_length, whole, table, slots);
   return cudaGetLastError();
 }
 

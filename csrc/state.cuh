@@ -35,11 +35,18 @@ struct StateKeeper {
   static constexpr int kPanelOfState = V::kE * kPanelRow;
   const PassParams& p;
   SharedStorage<V>& shared;
-  const int thread, warp, lane;
   float s[kRows][V::kD / 2];
 
-  __device__ StateKeeper(const PassParams& p, SharedStorage<V>& shared, int thread)
-      : p(p), shared(shared), thread(thread), warp(thread / 32), lane(thread % 32) {}
+  __device__ StateKeeper(const PassParams& p, SharedStorage<V>& shared) : p(p), shared(shared) {}
+
+  // The warpgroup is the block's first. Asked for where it is used: there are no registers to keep it.
+  __device__ static int thread() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+  }
+  __device__ static int warp() { return thread() / 32; }
+  __device__ static int lane() { return thread() % 32; }
 
   __device__ void zero() {
 #pragma unroll
@@ -56,10 +63,10 @@ struct StateKeeper {
   // Where a thread's first value lies in a state of these strides. Widths are multiples of 8, so that of the blocks of
   // 8 × 8 that follow all lies within the state, or nothing.
   __device__ int64_t offset(const Chunk& chunk, const StateStrides& at) {
-    return chunk.sequence * at.sequence + chunk.head * at.head + (chunk.d_tile * V::kD + 2 * (lane % 4)) * at.d +
-           (first_row(chunk) + lane / 4) * at.e;
+    return chunk.sequence * at.sequence + chunk.head * at.head + (chunk.d_tile * V::kD + 2 * (lane() % 4)) * at.d +
+           (first_row(chunk) + lane() / 4) * at.e;
   }
-  __device__ int first_row(const Chunk& chunk) const { return chunk.e_tile * V::kE + warp * 16; }
+  __device__ int first_row(const Chunk& chunk) const { return chunk.e_tile * V::kE + warp() * 16; }
 
   __device__ void store_final(const Chunk& chunk) {
     if (p.final == nullptr) return;
@@ -82,11 +89,11 @@ struct StateKeeper {
   // Values that a warp hands on to the same warp of the block that has the next segment. Two buffers are enough: who
   // writes one has waited for the last reader of it.
   __device__ float4* carry(const Chunk& chunk, int position) {
-    const int64_t buffer = int64_t(chunk.lane) * 2 + position % 2;
-    return reinterpret_cast<float4*>(p.chain) + buffer * (V::kD * V::kE / 4) + thread;
+    const int64_t buffer = int64_t(chunk.chain) * 2 + position % 2;
+    return reinterpret_cast<float4*>(p.chain) + buffer * (V::kD * V::kE / 4) + thread();
   }
   // Segments that this warp's like has done with, of all sequences in the order of the pass.
-  __device__ int* announced(const Chunk& chunk) { return p.counts + chunk.lane * 4 + warp; }
+  __device__ int* announced(const Chunk& chunk) { return p.counts + chunk.chain * 4 + warp(); }
   __device__ void wait_for_turn(const Chunk& chunk) {
     int seen;
     do {
@@ -97,7 +104,7 @@ struct StateKeeper {
   __device__ void announce(const Chunk& chunk) {
     __threadfence();
     __syncwarp();
-    if (lane == 0)
+    if (lane() == 0)
       asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(announced(chunk)), "r"(chunk.position + 1) : "memory");
   }
 
@@ -105,7 +112,7 @@ struct StateKeeper {
   // passes through the room of the copies that outputs are read from, of which none is in use.
   __device__ void begin_output(const Chunk& chunk) {
     const bool zeros = chunk.starts && chunk.ends && p.initial == nullptr;
-    float4* room = reinterpret_cast<float4*>(shared.states) + thread;
+    float4* room = reinterpret_cast<float4*>(shared.states) + thread();
     if (p.counts != nullptr) wait_for_turn(chunk);
     if (!zeros) {
       const float4* from = carry(chunk, chunk.position);
@@ -154,14 +161,14 @@ struct StateKeeper {
 
   // A copy in the inputs' type, for the outputs of this chunk.
   __device__ void show(int buffer) {
-    const uint32_t base = shared_address(shared.states[buffer]);
-    const int row = warp * 16 + lane % 16;
+    const uint32_t base = address_now(shared.states[buffer]);
+    const int row = warp() * 16 + lane() % 16;
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
 #pragma unroll
       for (int x = 0; x < V::kD / 16; ++x) {
         const float* of = &s[m][x * 8];
-        store_blocks(base + x / 4 * kPanelOfState + piece_offset(m * 64 + row, x % 4 * 2 + lane / 16),
+        store_blocks(base + x / 4 * kPanelOfState + piece_offset(m * 64 + row, x % 4 * 2 + lane() / 16),
                      {pack<Element>(of[0], of[1]), pack<Element>(of[2], of[3]), pack<Element>(of[4], of[5]),
                       pack<Element>(of[6], of[7])});
       }
@@ -170,17 +177,19 @@ struct StateKeeper {
 
   // aᵀ, each token times what it weighs in the state.
   __device__ void load_left(uint32_t (&left)[4][4], const uint8_t* a, const Notes<V>& notes) {
-    const uint32_t base = shared_address(a);
+    const uint32_t base = address_now(a) + piece_offset(lane() / 16 * 8 + lane() % 8, warp() * 2 + lane() / 8 % 2);
+    const uint32_t weights = address_now(V::kLengths ? notes.scaled : notes.writing) + lane() % 4 * 8;
 #pragma unroll
     for (int x = 0; x < 4; ++x) {
-      load_blocks<true>(left[x], base + piece_offset(x * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2));
+      load_blocks<true>(left[x], base + x * 16 * kPanelRow);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = x * 16 + i / 2 * 8 + lane % 4 * 2;
-        float2 weights = *reinterpret_cast<const float2*>(&notes.writing[token]);
-        if constexpr (V::kLengths) weights.x *= notes.columns[token], weights.y *= notes.columns[token + 1];
-        const float2 pair = unpack<Element>(left[x][i]);
-        left[x][i] = pack<Element>(pair.x * weights.x, pair.y * weights.y);
+      for (int i = 0; i < 4; i += 2) {
+        const float2 of = load_pair(weights + x * 64 + i * 16);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 pair = unpack<Element>(left[x][i + half]);
+          left[x][i + half] = pack<Element>(pair.x * of.x, pair.y * of.y);
+        }
       }
     }
   }
@@ -192,6 +201,7 @@ struct StateKeeper {
     scale(power(chunk.log2_lambda, chunk.n));
 #pragma unroll
     for (int m = 0; m < kRows; ++m) wgmma_hold(s[m]), wgmma_hold(left[m]);
+    const uint32_t right = address_now(tile.b());
     wgmma_fence();
 #pragma unroll
     for (int m = 0; m < kRows; ++m)
@@ -199,10 +209,9 @@ struct StateKeeper {
       for (int x = 0; x < 4; ++x)
 #pragma unroll
         for (int part = 0; part < V::kD / kN; ++part)
-          wgmma<Element, kN, 1>(
-              *reinterpret_cast<float (*)[kN / 2]>(&s[m][part * kN / 2]), left[m][x],
-              descriptor(shared_address(tile.b()) + part * kN / kPanel * kPanelBytes + x * 16 * kPanelRow, kPanelBytes),
-              1);
+          wgmma<Element, kN, 1>(*reinterpret_cast<float (*)[kN / 2]>(&s[m][part * kN / 2]), left[m][x],
+                                descriptor(right + part * kN / kPanel * kPanelBytes + x * 16 * kPanelRow, kPanelBytes),
+                                1);
     wgmma_commit();
     wgmma_wait<0>();
 #pragma unroll
@@ -211,8 +220,8 @@ struct StateKeeper {
 };
 
 template <class V>
-__device__ void keep_state(const PassParams& p, SharedStorage<V>& shared, int thread) {
-  StateKeeper<V> me(p, shared, thread);
+__device__ void keep_state(const PassParams& p, SharedStorage<V>& shared) {
+  StateKeeper<V> me(p, shared);
   int outputs = 0;
   const auto wait_for_copy = [&](int output) {  // the one that this output takes the place of
     if (output >= V::kStates) shared.state_empty[output % V::kStates].wait(parity(output, V::kStates) ^ 1);

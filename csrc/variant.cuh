@@ -20,10 +20,11 @@ struct Variant {
   static constexpr bool kBoth = kBoth_, kLengths = kNorm != Norm::kNone;
   static constexpr bool kThrough = kNorm == Norm::kValues || (kBoth && kLengths);  // a gradient through unit length
   static constexpr int kThreads = 4 * kWarpgroup;
-  // Registers of a thread, of the 512 that four warpgroups share.
-  static constexpr bool kSmall = kD * kE <= 64 * 64;
-  static constexpr int kFetchRegisters = kSmall ? 72 : 56, kStateRegisters = kSmall ? 152 : 200;
-  static constexpr int kOutputRegisters = kSmall ? 144 : 128;
+  // Registers of a thread, of the 512 that four warpgroups share: what the compiler needs without spilling.
+  static constexpr bool kSmall = kD * kE <= 64 * 64, kDeep = kD > 128, kTwice = kBoth && kLengths;
+  static constexpr int kFetchRegisters = kSmall ? 72 : kDeep ? 48 : 56;
+  static constexpr int kStateRegisters = kSmall ? 152 : kDeep ? 192 : kTwice ? 200 : 208;
+  static constexpr int kOutputRegisters = (512 - kFetchRegisters - kStateRegisters) / 16 * 8;
   static constexpr int kQPanels = kD / kPanel, kVPanels = kE / kPanel;  // q and k; v and x
   static constexpr bool kFourth = kBoth || kThrough;                    // tiles of x
   static constexpr int kTileBytes = (2 * kQPanels + kVPanels) * kPanelBytes;
@@ -31,7 +32,7 @@ struct Variant {
   static constexpr int kStateBytes = kD * kE * 2;
   static constexpr int kStates = 2;  // copies of the state that outputs are read from; of float32 there is room for one
   // As many stages as fit.
-  static constexpr int kNotes = kChunk * 36 + 256 + 16 * (kD < kE ? kE : kD);  // bytes of Notes and Chunk, at most
+  static constexpr int kNotes = kChunk * 40 + 256 + 16 * (kD < kE ? kE : kD);  // bytes of Notes and Chunk, at most
   static constexpr int kFit = (226 * 1024 - kStates * kStateBytes) / (kStageBytes + kNotes);
   static constexpr int kStages = kFit < 6 ? kFit : 6;
 };
@@ -50,7 +51,7 @@ struct alignas(16) Chunk {
   int starts, ends;  // whether the segment is that of its sequence
   int length;        // of the segment
   int sequence, batch, head, d_tile, e_tile;
-  int lane, position;  // the segment among all of one head's tile, in the order of the pass
+  int chain, position;  // of the head and tile, and of the segment in it, in the order of the pass
   float log2_lambda;
 };
 
@@ -63,6 +64,7 @@ struct Notes {
   float writing[kChunk];      // what token j weighs in the state
   float reading[kChunk];      // what token i reads the state with
   float columns[V::kLengths ? kChunk : 1], rows[V::kLengths ? kChunk : 1];  // 1 / |x| of what scores are made of
+  float scaled[V::kLengths ? kChunk : 1];                                   // writing, times columns
   // To take a gradient through unit length: 1 / |x|, and 1 / |x|² or 0 for vectors divided by a constant.
   float inverse[V::kThrough ? kChunk : 1], along[V::kThrough ? kChunk : 1];
   int nonfinite[2];  // whether the values of each output hold something that is not finite

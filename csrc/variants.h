@@ -49,6 +49,6 @@ cudaError_t run_decay_gradient(const PassParams& p, ElementType type, bool exact
 // Adds to each segment's state what came before its segment.
 cudaError_t run_scan(const PassParams& p, int64_t slots, cudaStream_t stream);
 
-// Cuts packed sequences into segments: table (slots + 1).
-cudaError_t run_plan(const int* cu_seqlens, int sequences, int tokens, int segment_length, Segment* table, int slots,
-                     cudaStream_t stream);
+// Cuts packed sequences into segments, unless none is longer than `whole`: table (slots + 1).
+cudaError_t run_plan(const int* cu_seqlens, int sequences, int tokens, int segment_length, int whole, Segment* table,
+                     int slots, cudaStream_t stream);

@@ -154,7 +154,7 @@ def decay_gradient(
     if qk_norm:
         q, k = unit_length(q), unit_length(k)
     q, k, v, grad_o = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, grad_o))
-    segments = _cut(q, -(-q.shape[2] // CHUNK) * CHUNK, cu_seqlens)
+    segments = _cut(q, -(-q.shape[2] // CHUNK) * CHUNK, q.shape[2], cu_seqlens)
     slots = q.shape[0] if segments.table is None else len(segments.table) - 1
     parts_of_d, parts_of_e = _parts(FLOAT32_TILE, q, v)
     parts = q.new_zeros((slots, q.shape[1], parts_of_d * parts_of_e), dtype=torch.float32)
@@ -207,7 +207,11 @@ def _attend(
         torch.ops.transnormer_kernels.attend(
             q, k, v, through, *common, *_chain(k, v, heads, segments), out, None, final, segments.length, reverse, norm
         )
-    return out if parts == 1 else out.sum(0).to(v.dtype)
+    if parts == 1:
+        return out
+    o = v.new_empty(shape)
+    torch.ops.transnormer_kernels.combine(out, o)
+    return o
 
 
 def _gradients_of_both(
@@ -244,9 +248,9 @@ def _chain(k: Tensor, v: Tensor, heads: int, segments: Segments) -> tuple[Tensor
 def _segments(k: Tensor, v: Tensor, heads: int, cu_seqlens: Tensor | None) -> Segments:
     """Cut the sequences of a pass so that its blocks fill the GPU."""
     tile = _tile(k, v)
-    lanes = k.shape[0] * heads * math.prod(_parts(tile, k, v))
+    chains = k.shape[0] * heads * math.prod(_parts(tile, k, v))
     slots = _multiprocessors(k.device) * (2 if tile == FLOAT32_TILE else 1)
-    return _cut(k, _segment_length(lanes, k.shape[2], slots, tile == FLOAT32_TILE), cu_seqlens)
+    return _cut(k, *_segment_length(chains, k.shape[2], slots), cu_seqlens)
 
 
 @functools.cache
@@ -268,30 +272,36 @@ def _parts(tile: tuple[int, int], k: Tensor, v: Tensor) -> tuple[int, int]:
     return -(-k.shape[3] // tile[0]), -(-v.shape[3] // tile[1])
 
 
-def _cut(q: Tensor, length: int, cu_seqlens: Tensor | None) -> Segments:
+def _cut(q: Tensor, length: int, whole: int, cu_seqlens: Tensor | None) -> Segments:
+    """Segments of `length` tokens; packed sequences stay whole if none is longer than `whole`."""
     number = -(-q.shape[2] // length)
     if cu_seqlens is None:
         return Segments(length, number, None)
     table = torch.empty((number + len(cu_seqlens), 4), dtype=torch.int32, device=q.device)
-    torch.ops.transnormer_kernels.plan(cu_seqlens.contiguous(), q.shape[2], length, table)
+    torch.ops.transnormer_kernels.plan(cu_seqlens.contiguous(), q.shape[2], length, whole, table)
     return Segments(length, number, table)
 
 
+CUT = 1.7  # what a token of a cut sequence costs, of which keys and values are read twice, against one of a whole one
+HANDING_ON = 150  # tokens that a block walks through in the time in which a state goes on to the next segment
+
+
 @functools.cache
-def _segment_length(lanes: int, tokens: int, slots: int, passed_twice: bool) -> int:
-    """Tokens of a segment, so that blocks which run at the same time walk the fewest tokens one after another."""
+def _segment_length(chains: int, tokens: int, slots: int) -> tuple[int, int]:
+    """Tokens of a segment, and of the longest packed sequence for which cutting does not pay.
+
+    `chains`: heads and tiles of all rows; `slots`: blocks that run at a time. The fewest tokens that a block walks one
+    after another count, or the time in which states are handed on along a sequence.
+    """
 
     def walked(length: int) -> float:
         count = -(-tokens // length)
-        rounds = -(-lanes * count // slots)
-        # Cut sequences are read once more for their states; a block costs about as much as some tokens to start.
-        return rounds * (length * (1.4 if count > 1 else 1.0) + 128)
+        rounds = -(-chains * count // slots)
+        return rounds * length if count == 1 else max(rounds * length * CUT, count * HANDING_ON)
 
     whole = -(-tokens // CHUNK) * CHUNK
-    choices = [whole] + [length for length in (128, 256, 512, 1024) if length < whole]
-    if passed_twice:
-        choices = [-(-tokens // (count * CHUNK)) * CHUNK for count in range(1, max(1, min(64, tokens // 512)) + 1)]
-    return min(choices, key=walked)
+    best = min([whole, *(length for length in (256, 512, 1024, 2048, 4096) if length < whole)], key=walked)
+    return best, int(walked(best))
 
 
 def _norm_in_kernel(x: Tensor, widest: int) -> bool:
