@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
       shared.advanced[stage].init(kWarps);
       shared.scored[stage].init(2 * kWarps);
       shared.through[stage].init(kWarps);
-      shared.empty[stage].init(3 * kWarps);
+      shared.empty[stage].init(3 * kWarps * p.cluster);
       shared.notes[stage].n = -1;
     }
     for (int buffer = 0; buffer < V::kStates; ++buffer) {
@@ -37,22 +37,26 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
     }
     fence_barrier_init();
   }
-  __syncthreads();
+  if (V::kShares && p.cluster == 2)
+    sync_cluster();
+  else
+    __syncthreads();
   // By a shuffle, so that the compiler knows it to be the same for a warp.
   const int group = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   if (group == 0) {
-    more_registers<V::kStateRegisters>();
+    set_registers<V::kStateRegisters, V::kFirstRegisters>();
     keep_state<V>(p, shared);
   } else if (group < 3) {
-    more_registers<V::kOutputRegisters>();
+    set_registers<V::kOutputRegisters, V::kFirstRegisters>();
     make_outputs<V>(p, shared, group - 1, thread);
   } else {
-    fewer_registers<V::kFetchRegisters>();
+    set_registers<V::kFetchRegisters, V::kFirstRegisters>();
     if (thread == 0)
       fetch<V>(p, shared);
     else if (thread >= kWarpgroup - kInspecting)
       inspect<V>(p, shared, thread - (kWarpgroup - kInspecting));
   }
+  if (V::kShares && p.cluster == 2) sync_cluster();  // the other block may still write to this one
 }
 
 // Launches the kernel on as many blocks as run at a time.
@@ -62,6 +66,15 @@ cudaError_t launch_pass(const PassParams& p, int pieces, int multiprocessors, cu
   static_assert(kBytes <= 227 * 1024);
   cudaError_t error = cudaFuncSetAttribute(pass_kernel<V>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  pass_kernel<V><<<dim3(std::min(pieces, multiprocessors)), V::kThreads, kBytes, stream>>>(p);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(std::min(pieces, multiprocessors) / p.cluster * p.cluster);
+  config.blockDim = dim3(V::kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = p.cluster, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = p.cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, pass_kernel<V>, p);
 }

@@ -22,9 +22,11 @@ struct Variant {
   static constexpr int kThreads = 4 * kWarpgroup;
   // Registers of a thread, of the 512 that four warpgroups share: what the compiler needs without spilling.
   static constexpr bool kSmall = kD * kE <= 64 * 64, kDeep = kD > 128, kTwice = kBoth && kLengths;
+  static constexpr int kFirstRegisters = 128;
   static constexpr int kFetchRegisters = kSmall ? 72 : kDeep ? 48 : 56;
   static constexpr int kStateRegisters = kSmall ? 152 : kDeep ? 192 : kTwice ? 200 : 208;
   static constexpr int kOutputRegisters = (512 - kFetchRegisters - kStateRegisters) / 16 * 8;
+  static constexpr bool kShares = kDeep;                                // may run in clusters of two blocks
   static constexpr int kQPanels = kD / kPanel, kVPanels = kE / kPanel;  // q and k; v and x
   static constexpr bool kFourth = kBoth || kThrough;                    // tiles of x
   static constexpr int kTileBytes = (2 * kQPanels + kVPanels) * kPanelBytes;
@@ -106,4 +108,10 @@ __device__ inline int parity(int step, int count) { return step / count & 1; }
 __device__ inline void arrive_as_warp(Barrier& barrier) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) barrier.arrive();
+}
+// This warp is done with a stage, which the other block of a cluster writes to as well.
+template <class V>
+__device__ inline void leave_stage(const PassParams& p, Barrier& empty) {
+  arrive_as_warp(empty);
+  if (V::kShares && p.cluster == 2 && threadIdx.x % 32 == 0) empty.arrive_at(block_of_cluster() ^ 1);
 }
