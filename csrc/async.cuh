@@ -26,14 +26,6 @@ struct Barrier {
   __device__ void arrive() {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
   }
-  // The same at this place in another block of the cluster.
-  __device__ void arrive_at(uint32_t block) {
-    asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(shared_address(this)),
-        "r"(block)
-        : "memory");
-  }
   __device__ void arrive_expecting(uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
                  : "memory");
@@ -91,17 +83,6 @@ __device__ inline void copy_tile(void* to, const CUtensorMap& map, Barrier& barr
       : "memory");
 }
 
-// The same to both blocks of a cluster of two, at the same place, and with word to the barrier of each.
-__device__ inline void copy_tile_to_both(void* to, const CUtensorMap& map, Barrier& barrier, Keep keep, int column,
-                                         int token, int head, int batch) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-      "[%0], [%1, {%3, %4, %5, %6}], [%2], %8, %7;" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(token), "r"(head), "r"(batch), "l"(uint64_t(keep)),
-      "h"(uint16_t(3))
-      : "memory");
-}
-
 // Copies a box from shared memory to (column, token, head, batch) of a tensor; what lies outside is left out.
 __device__ inline void store_tile(const CUtensorMap& map, const void* from, Keep keep, int column, int token, int head,
                                   int batch) {
@@ -114,13 +95,3 @@ __device__ inline void store_tile(const CUtensorMap& map, const void* from, Keep
 // Of this thread's stores: begins to count them, and waits until shared memory has been read.
 __device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 __device__ inline void wait_for_stores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-
-// Place of this block in its cluster, and a barrier among all threads of it.
-__device__ inline uint32_t block_of_cluster() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-__device__ inline void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}

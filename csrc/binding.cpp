@@ -277,8 +277,6 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   int multiprocessors = 0;
   check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, k.get_device_index()));
   const int pieces = slots * heads * p.d_tiles * p.e_tiles;
-  // Blocks of a cluster walk side by side, which pieces that wait for each other can't.
-  p.cluster = tile.d > 128 && p.e_tiles % 2 == 0 && !chain ? 2 : 1;
   const cudaStream_t stream = stream_of(k);
   if (k.scalar_type() == ScalarType::BFloat16)
     check_cuda(run_pass_bfloat16(p, tile, both, pieces, multiprocessors, stream));

@@ -36,17 +36,6 @@ struct Fetcher {
       copy_tile(to + i * kPanelBytes, map, barrier, keep(chunk.kind), column + i * kPanel, chunk.token, head, batch);
   }
 
-  // A tile of q or k: of two blocks of a cluster each brings half of it to both.
-  __device__ void copy_shared(uint8_t* to, const CUtensorMap& map, Barrier& barrier, int column, const Chunk& chunk,
-                              int head, int batch) {
-    constexpr int kHalf = V::kQPanels / 2;
-    if (!V::kShares || p.cluster == 1) return copy(to, V::kQPanels, map, barrier, column, chunk, head, batch);
-    const int first = block_of_cluster() * kHalf;
-    for (int i = first; i < first + kHalf; ++i)
-      copy_tile_to_both(to + i * kPanelBytes, map, barrier, keep(chunk.kind), column + i * kPanel, chunk.token, head,
-                        batch);
-  }
-
   __device__ void send(const Chunk& chunk) {
     const int stage = claim();
     Barrier& full = shared.full[stage];
@@ -56,9 +45,9 @@ struct Fetcher {
     const bool v = all || !V::kBoth, q = all || V::kBoth, k = all || !V::kBoth;
     full.arrive_expecting(((q + k) * V::kQPanels + (v + x) * V::kVPanels) * kPanelBytes);
     const int d = chunk.d_tile * V::kD, e = chunk.e_tile * V::kE;
-    if (k) copy_shared(tile.k, p.k, full, d, chunk, chunk.head / p.k_group, chunk.batch * p.k_batch);
+    if (k) copy(tile.k, V::kQPanels, p.k, full, d, chunk, chunk.head / p.k_group, chunk.batch * p.k_batch);
     if (v) copy(tile.v, V::kVPanels, p.v, full, e, chunk, chunk.head / p.v_group, chunk.batch * p.v_batch);
-    if (q) copy_shared(tile.q, p.q, full, d, chunk, chunk.head / p.q_group, chunk.batch * p.q_batch);
+    if (q) copy(tile.q, V::kQPanels, p.q, full, d, chunk, chunk.head / p.q_group, chunk.batch * p.q_batch);
     if (x) copy(tile.x, V::kVPanels, p.x, full, e, chunk, chunk.head / p.x_group, chunk.batch * p.x_batch);
   }
 

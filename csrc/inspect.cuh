@@ -43,6 +43,7 @@ __device__ __noinline__ Length length_of_extreme(uint8_t* tile, int panels, int 
     }
     store_piece(address(piece), x);
   }
+  fence_for_async();
   const float length = sqrtf(squares), least = float(kMinLength) * scale;
   const float unit = 1.f / fmaxf(length, least);
   return {unit, unit * scale, length <= least};
@@ -56,12 +57,8 @@ struct Inspector {
   SharedStorage<V>& shared;
   const int thread;
 
-  // Powers of λ; tokens behind the end of a sequence have no meaning. They stay from one use of the stage to the next.
+  // Powers of λ, which stay from one use of the stage to the next; tokens behind the end of a sequence have no meaning.
   __device__ void weigh(const Chunk& chunk, Notes<V>& notes) {
-    const bool known = notes.n == chunk.n && __float_as_int(notes.log2_lambda) == __float_as_int(chunk.log2_lambda);
-    sync_threads(1, kInspecting);
-    if (known) return;
-    if (thread == 0) notes.n = chunk.n, notes.log2_lambda = chunk.log2_lambda;
     for (int x = thread; x < 2 * kChunk; x += kInspecting) {
       const int later = x - kChunk, distance = p.reverse ? -later : later;
       notes.weights[x] = distance < 0 ? -1.f : power(chunk.log2_lambda, distance);
@@ -70,47 +67,46 @@ struct Inspector {
       notes.reading[i] = power(chunk.log2_lambda, p.reverse ? max(chunk.n - 1 - i, 0) : i + 1);
       notes.writing[i] = power(chunk.log2_lambda, p.reverse ? i + 1 : max(chunk.n - 1 - i, 0));
     }
-    sync_threads(1, kInspecting);
+    sync_threads(1, kInspecting);  // all have seen what was known, and see the weights
+    if (thread == 0) notes.n = chunk.n, notes.log2_lambda = chunk.log2_lambda;
   }
 
-  // Calls use(row, length) for each row of a tile; returns whether one of them is not finite. Eight lanes take a row, a
-  // piece each, and this thread's warp every third group of four rows; each of the eight lanes has the sums of one of
-  // these groups in the end.
+  // Calls use(row, length) for each row of a tile; returns whether one of them is not finite. A thread takes the part
+  // of a row that lies in one panel, its neighbours take the others.
   template <int kPanels, class Use>
   __device__ bool measure(uint8_t* tile, Use use) {
     constexpr bool kHalf = std::is_same_v<Element, __half>;
     constexpr float kLeast = kHalf ? 0x1p-8f : 0x1p-39f, kMost = kHalf ? 0x1p12f : 0x1p80f;
-    constexpr int kGroups = kChunk / 4, kWarps = kInspecting / 32;
-    const auto row_of = [&](int turn) { return (turn * kWarps + thread / 32) * 4 + thread % 32 / 8; };
-    float square = 0.f;
-#pragma unroll(4 / kPanels)
-    for (int turn = 0; turn < (kGroups + kWarps - 1) / kWarps; ++turn) {
-      const int row = min(row_of(turn), kChunk - 1);
-      const uint32_t base = shared_address(tile) + piece_offset(row, thread % 8);
-      float sums[2] = {};
+    bool nonfinite = false;
+#pragma unroll 1
+    for (int part = thread; part < kChunk * kPanels; part += kInspecting) {
+      const int row = part / kPanels;
+      const uint32_t base = shared_address(tile) + part % kPanels * kPanelBytes +
+                            piece_offset(row, part % kPanels * (8 / kPanels));  // neighbours on other banks
+      float sums[4] = {};
 #pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel) {
-        const uint4 x = load_piece(base + panel * kPanelBytes);
-        for (const uint32_t word : {x.x, x.y, x.z, x.w}) {
-          const float2 pair = unpack<Element>(word);
-          sums[0] = fmaf(pair.x, pair.x, sums[0]);
-          sums[1] = fmaf(pair.y, pair.y, sums[1]);
+      for (int piece = 0; piece < 8; ++piece) {
+        const uint4 x = load_piece(base ^ piece << 4);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          const float2 pair = unpack<Element>((&x.x)[w]);
+          sums[w] = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, sums[w]));
         }
       }
-      float sum = sums[0] + sums[1];
-      for (int lanes = 4; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-      if (thread % 8 == turn) square = sum;
+      float square = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+#pragma unroll
+      for (int lanes = 1; lanes < kPanels; lanes *= 2) square += __shfl_xor_sync(~0u, square, lanes);
+      if (part % kPanels != 0) continue;
+      if (square >= kLeast && square <= kMost) {
+        const float unit = rsqrtf(square);
+        use(row, Length{unit, unit, false});
+      } else {
+        const Length length = length_of_extreme<Element>(tile, kPanels, row);
+        use(row, length);
+        nonfinite |= isnan(length.unit);
+      }
     }
-    const int row = row_of(thread % 8);
-    if (row >= kChunk) return false;
-    if (square >= kLeast && square <= kMost) {
-      const float unit = rsqrtf(square);
-      use(row, Length{unit, unit, false});
-      return false;
-    }
-    const Length length = length_of_extreme<Element>(tile, kPanels, row);
-    use(row, length);
-    return isnan(length.unit);
+    return nonfinite;
   }
 
   // The vectors of columns of the scores, and those of their rows, or through whose length the gradient goes.
@@ -146,22 +142,26 @@ struct Inspector {
   }
 
   __device__ void inspect(const Chunk& chunk, const Stage<V>& tile, Notes<V>& notes) {
-    weigh(chunk, notes);
-    if (chunk.n < kChunk && p.table != nullptr) {
+    if (notes.n != chunk.n || __float_as_int(notes.log2_lambda) != __float_as_int(chunk.log2_lambda))
+      weigh(chunk, notes);
+    const bool cut_off = chunk.n < kChunk && p.table != nullptr;
+    if (cut_off) {
       clear_rows(tile.a(), V::kVPanels, chunk.n);
       clear_rows(tile.b(), V::kQPanels, chunk.n);
       sync_threads(1, kInspecting);
     }
     bool of_lengths = false;
     if constexpr (V::kLengths) of_lengths = measure_all(chunk, tile, notes);
-    if (chunk.kind == Kind::kAdvance) return;
-    // The values of the outputs: those of the first are a, with kBoth those of the second are b. Some were measured.
-    bool first = of_lengths, second = of_lengths;
-    if constexpr (V::kNorm != Norm::kValues) first = nonfinite_in(tile.a(), V::kVPanels);
-    if constexpr (V::kBoth && !V::kLengths) second = nonfinite_in(tile.b(), V::kQPanels);
-    first = any_thread(1, kInspecting, first);
-    if constexpr (V::kBoth) second = any_thread(1, kInspecting, second);
-    if (thread == 0) notes.nonfinite[0] = first, notes.nonfinite[1] = second;
+    if (chunk.kind == Kind::kOutput) {
+      // The values of the outputs: those of the first are a, with kBoth those of the second are b. Some were measured.
+      bool first = of_lengths, second = of_lengths;
+      if constexpr (V::kNorm != Norm::kValues) first = nonfinite_in(tile.a(), V::kVPanels);
+      if constexpr (V::kBoth && !V::kLengths) second = nonfinite_in(tile.b(), V::kQPanels);
+      first = any_thread(1, kInspecting, first);
+      if constexpr (V::kBoth) second = any_thread(1, kInspecting, second);
+      if (thread == 0) notes.nonfinite[0] = first, notes.nonfinite[1] = second;
+    }
+    if (cut_off) fence_for_async();
   }
 };
 
@@ -174,7 +174,6 @@ __device__ void inspect(const PassParams& p, SharedStorage<V>& shared, int threa
     const Chunk& chunk = shared.chunks[stage];
     const bool end = chunk.kind == Kind::kEnd;
     if (!end) me.inspect(chunk, Stage<V>(shared, stage), shared.notes[stage]);
-    fence_for_async();  // of rows that were changed
     shared.ready[stage].arrive();
     if (end) return;
   }

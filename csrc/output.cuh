@@ -274,7 +274,7 @@ __device__ void make_outputs(const PassParams& p, SharedStorage<V>& shared, int 
     shared.ready[stage].wait(parity(step, V::kStages));
     if (held >= 0) {
       if (thread == 0) wait_for_stores();
-      leave_stage<V>(p, shared.empty[held]);
+      arrive_as_warp(shared.empty[held]);
       held = -1;
     }
     const Chunk& chunk = shared.chunks[stage];
@@ -298,6 +298,6 @@ __device__ void make_outputs(const PassParams& p, SharedStorage<V>& shared, int 
     if (mine && thread < 32)
       held = stage;
     else
-      leave_stage<V>(p, shared.empty[stage]);
+      arrive_as_warp(shared.empty[stage]);
   }
 }

@@ -60,7 +60,6 @@ struct PassParams {
   int positions;         // length of the table without that entry, or segments of a row
   int segments;          // of each row of the batch, were it one sequence
   int segment_length;
-  int cluster;  // 2: neighbouring tiles of e share what they read of q and k; else 1
   int batch, heads, tokens, d, e;
   int d_tiles, e_tiles;
   int reverse;

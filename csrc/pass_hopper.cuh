@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
       shared.advanced[stage].init(kWarps);
       shared.scored[stage].init(2 * kWarps);
       shared.through[stage].init(kWarps);
-      shared.empty[stage].init(3 * kWarps * p.cluster);
+      shared.empty[stage].init(3 * kWarps);
       shared.notes[stage].n = -1;
     }
     for (int buffer = 0; buffer < V::kStates; ++buffer) {
@@ -37,10 +37,7 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
     }
     fence_barrier_init();
   }
-  if (V::kShares && p.cluster == 2)
-    sync_cluster();
-  else
-    __syncthreads();
+  __syncthreads();
   // By a shuffle, so that the compiler knows it to be the same for a warp.
   const int group = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   if (group == 0) {
@@ -56,7 +53,6 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
     else if (thread >= kWarpgroup - kInspecting)
       inspect<V>(p, shared, thread - (kWarpgroup - kInspecting));
   }
-  if (V::kShares && p.cluster == 2) sync_cluster();  // the other block may still write to this one
 }
 
 // Launches the kernel on as many blocks as run at a time.
@@ -66,15 +62,6 @@ cudaError_t launch_pass(const PassParams& p, int pieces, int multiprocessors, cu
   static_assert(kBytes <= 227 * 1024);
   cudaError_t error = cudaFuncSetAttribute(pass_kernel<V>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(std::min(pieces, multiprocessors) / p.cluster * p.cluster);
-  config.blockDim = dim3(V::kThreads);
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = p.cluster, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = p.cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, pass_kernel<V>, p);
+  pass_kernel<V><<<dim3(std::min(pieces, multiprocessors)), V::kThreads, kBytes, stream>>>(p);
+  return cudaGetLastError();
 }

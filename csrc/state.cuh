@@ -248,6 +248,6 @@ __device__ void keep_state(const PassParams& p, SharedStorage<V>& shared) {
     me.advance(chunk, Stage<V>(shared, stage), shared.notes[stage]);
     arrive_as_warp(shared.advanced[stage]);
     if (chunk.kind == Kind::kOutput && chunk.last && chunk.ends) me.store_final(chunk);
-    leave_stage<V>(p, shared.empty[stage]);
+    arrive_as_warp(shared.empty[stage]);
   }
 }

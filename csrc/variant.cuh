@@ -109,9 +109,3 @@ __device__ inline void arrive_as_warp(Barrier& barrier) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) barrier.arrive();
 }
-// This warp is done with a stage, which the other block of a cluster writes to as well.
-template <class V>
-__device__ inline void leave_stage(const PassParams& p, Barrier& empty) {
-  arrive_as_warp(empty);
-  if (V::kShares && p.cluster == 2 && threadIdx.x % 32 == 0) empty.arrive_at(block_of_cluster() ^ 1);
-}
