@@ -261,17 +261,18 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
     p.out_of_k_map = tensor_map(*out_of_k, "out_of_k", heads, &one, &one);
   }
   CHECK(!p.partial || p.norm != Norm::kValues, "out: expected in one part");
-  const int64_t lanes = (table ? 1 : p.batch) * heads * p.d_tiles * p.e_tiles;
+  const int64_t chains = (table ? 1 : p.batch) * heads * p.d_tiles * p.e_tiles;
   CHECK(chain.has_value() == (p.segments > 1) && counts.has_value() == chain.has_value(),
         "chain, counts: expected with more than one segment");
   if (chain) {
     check_same(*chain, "chain", ScalarType::Float, k);
     check_same(*counts, "counts", ScalarType::Int, k);
-    CHECK(chain->is_contiguous() && chain->numel() == lanes * 2 * tile.d * tile.e, "chain: expected two states a lane");
-    CHECK(counts->is_contiguous() && counts->numel() == lanes * 4 + 1, "counts: expected 4 a lane, and one");
+    CHECK(chain->is_contiguous() && chain->numel() == chains * 2 * tile.d * tile.e,
+          "chain: expected two states a chain");
+    CHECK(counts->is_contiguous() && counts->numel() == chains * 4 + 1, "counts: expected 4 a chain, and one");
     p.chain = static_cast<float*>(chain->data_ptr());
     p.counts = static_cast<int*>(counts->data_ptr());
-    p.ticket = p.counts + lanes * 4;
+    p.ticket = p.counts + chains * 4;
   }
   if (final) p.final = state_of(*final, "final", k, heads, p.d, p.e, &p.final_strides);
   int multiprocessors = 0;

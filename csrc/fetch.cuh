@@ -71,21 +71,21 @@ struct Fetcher {
 template <class V>
 __device__ void fetch(const PassParams& p, SharedStorage<V>& shared) {
   Fetcher<V> fetcher{p, shared};
-  const int tiles = p.d_tiles * p.e_tiles, rows = p.table == nullptr ? p.batch : 1, lanes = rows * p.heads * tiles;
+  const int tiles = p.d_tiles * p.e_tiles, rows = p.table == nullptr ? p.batch : 1, chains = rows * p.heads * tiles;
   const int positions = p.table == nullptr ? p.positions : p.table[p.positions].sequence;
   int next = next_piece(p, -1);
-  while (next < positions * lanes) {
+  while (next < positions * chains) {
     const int piece = next;
     next = next_piece(p, piece);
-    const int lane = piece % lanes, position = piece / lanes, place = p.reverse ? positions - 1 - position : position;
-    const int head = lane / tiles % p.heads, tile = lane % tiles;
+    const int of = piece % chains, position = piece / chains, place = p.reverse ? positions - 1 - position : position;
+    const int head = of / tiles % p.heads, tile = of % tiles;
     Work work;
-    find_work(p, lane / tiles / p.heads * positions + place, work);
+    find_work(p, of / tiles / p.heads * positions + place, work);
     Chunk chunk{};
     chunk.starts = work.first, chunk.ends = work.last, chunk.length = work.length;
     chunk.sequence = work.sequence, chunk.batch = work.batch, chunk.head = head;
     chunk.d_tile = tile / p.e_tiles, chunk.e_tile = tile % p.e_tiles;
-    chunk.chain = lane, chunk.position = position;
+    chunk.chain = of, chunk.position = position;
     chunk.log2_lambda = work.valid ? log2_decay(p.log_decay, head) : CUDART_NAN_F;
     fetcher.segment(work, chunk);
   }

@@ -53,6 +53,7 @@ __device__ __noinline__ Length length_of_extreme(uint8_t* tile, int panels, int 
 template <class V>
 struct Inspector {
   using Element = typename V::Element;
+  static constexpr int kAtOnce = 4;  // loads that wait together
   const PassParams& p;
   SharedStorage<V>& shared;
   const int thread;
@@ -85,12 +86,14 @@ struct Inspector {
                             piece_offset(row, part % kPanels * (8 / kPanels));  // neighbours on other banks
       float sums[4] = {};
 #pragma unroll
-      for (int piece = 0; piece < 8; ++piece) {
-        const uint4 x = load_piece(base ^ piece << 4);
+      for (int first = 0; first < 8; first += kAtOnce) {
+        uint4 x[kAtOnce];
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          const float2 pair = unpack<Element>((&x.x)[w]);
-          sums[w] = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, sums[w]));
+        for (int i = 0; i < kAtOnce; ++i) x[i] = load_piece(base ^ (first + i) << 4);
+#pragma unroll
+        for (int w = 0; w < 4 * kAtOnce; ++w) {
+          const float2 pair = unpack<Element>((&x[w / 4].x)[w % 4]);
+          sums[w % 4] = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, sums[w % 4]));
         }
       }
       float square = (sums[0] + sums[1]) + (sums[2] + sums[3]);
@@ -134,10 +137,17 @@ struct Inspector {
   }
 
   __device__ bool nonfinite_in(const uint8_t* tile, int panels) {
+    const uint32_t base = shared_address(tile);
+    const int pieces = panels * kChunk * 8;
     bool found = false;
-#pragma unroll 4
-    for (int x = thread; x < panels * kChunk * 8; x += kInspecting)
-      found |= nonfinite_among<Element>(load_piece(shared_address(tile) + x * 16));
+#pragma unroll 1
+    for (int first = thread; first < pieces; first += kAtOnce * kInspecting) {
+      uint4 x[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) x[i] = load_piece(base + min(first + i * kInspecting, pieces - 1) * 16);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) found |= nonfinite_among<Element>(x[i]);
+    }
     return found;
   }
 

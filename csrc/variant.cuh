@@ -26,7 +26,6 @@ struct Variant {
   static constexpr int kFetchRegisters = kSmall ? 72 : kDeep ? 48 : 56;
   static constexpr int kStateRegisters = kSmall ? 152 : kDeep ? 192 : kTwice ? 200 : 208;
   static constexpr int kOutputRegisters = (512 - kFetchRegisters - kStateRegisters) / 16 * 8;
-  static constexpr bool kShares = kDeep;                                // may run in clusters of two blocks
   static constexpr int kQPanels = kD / kPanel, kVPanels = kE / kPanel;  // q and k; v and x
   static constexpr bool kFourth = kBoth || kThrough;                    // tiles of x
   static constexpr int kTileBytes = (2 * kQPanels + kVPanels) * kPanelBytes;
@@ -36,7 +35,7 @@ struct Variant {
   // As many stages as fit.
   static constexpr int kNotes = kChunk * 40 + 256 + 16 * (kD < kE ? kE : kD);  // bytes of Notes and Chunk, at most
   static constexpr int kFit = (226 * 1024 - kStates * kStateBytes) / (kStageBytes + kNotes);
-  static constexpr int kStages = kFit < 6 ? kFit : 6;
+  static constexpr int kStages = kFit < 8 ? kFit : 8;
 };
 
 enum class Kind : int {

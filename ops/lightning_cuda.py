@@ -241,8 +241,8 @@ def _chain(k: Tensor, v: Tensor, heads: int, segments: Segments) -> tuple[Tensor
     if segments.number == 1:
         return None, None
     d, e = _tile(k, v)
-    lanes = math.prod(_parts((d, e), k, v)) * heads * (k.shape[0] if segments.table is None else 1)
-    return k.new_empty(lanes * 2 * d * e, dtype=torch.float32), k.new_zeros(lanes * 4 + 1, dtype=torch.int32)
+    chains = math.prod(_parts((d, e), k, v)) * heads * (k.shape[0] if segments.table is None else 1)
+    return k.new_empty(chains * 2 * d * e, dtype=torch.float32), k.new_zeros(chains * 4 + 1, dtype=torch.int32)
 
 
 def _segments(k: Tensor, v: Tensor, heads: int, cu_seqlens: Tensor | None) -> Segments:

@@ -21,6 +21,7 @@ from operator_cases import (
 
 from ops import lightning_attention, lightning_attention_step
 from ops.lightning_attention import cuda_unavailable_reason
+from ops.lightning_cuda import _cut as cut
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -92,6 +93,27 @@ def test_sequences_cut_in_segments(
     check(case, device, dtype)
     monkeypatch.setattr("ops.lightning_cuda._segment_length", lambda *_: (128, 0))
     check(case, device, dtype)
+
+
+@every_type
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(("d", "e"), [(40, 64), (128, 72), (200, 64)])
+def test_every_variant_on_small_shapes(
+    d: int, e: int, qk_norm: bool, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `compute-sanitizer` is run on."""
+    for length in (192, 64):  # whole, and cut in three
+        monkeypatch.setattr("ops.lightning_cuda._segment_length", lambda *_, length=length: (length, 0))
+        check(Case(T=130, B=1, H=2, Gk=2, Gv=1, D=d, E=e, qk_norm=qk_norm), device, dtype)
+
+
+def test_packed_sequences_are_cut_only_where_that_pays(device: torch.device) -> None:
+    case = packed(0, 64, 200, 420, D=64, E=64)
+    for longest, pieces in ((220, 3), (219, 1 + 3 + 4)):
+        table = cut(torch.empty(1, 1, 420, 64, device=device), 64, longest, case.cu_seqlens(device))
+        used = table.table[-1, 0].item()
+        assert used == pieces
+        assert table.table[:used, 2].sum().item() == 420
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
