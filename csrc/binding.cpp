@@ -315,7 +315,6 @@ void combine(const Tensor& parts, const Tensor& out) {
   check_same(parts, "parts", ScalarType::Float, out);
   CHECK(parts.is_contiguous() && out.is_contiguous() && parts.numel() == parts.size(0) * out.numel(),
         "parts: expected contiguous, of the size of out each");
-  CHECK(out.numel() % 4 == 0, "out: expected a multiple of 4 values, got ", out.numel());
   check_cuda(run_combine(static_cast<const float*>(parts.data_ptr()), parts.size(0), out.data_ptr(), out.numel(),
                          element_type(out, "out"), stream_of(out)));
 }

@@ -1,4 +1,4 @@
-// Adds up the parts of an output that tiles of d made: a thread four neighbouring values.
+// Adds up the parts of an output that tiles of d made: a thread kWidth neighbouring values.
 #include "combine.h"
 
 #include "element.cuh"
@@ -7,19 +7,32 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <class Element>
-__global__ void combine_kernel(const float4* parts, int number, Element* out, int64_t quads) {
+template <class Value, int kWidth>
+struct alignas(kWidth * sizeof(Value)) Pack {
+  Value values[kWidth];
+};
+
+template <class Element, int kWidth>
+__global__ void combine_kernel(const float* parts, int number, Element* out, int64_t packs) {
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (at >= quads) return;
-  float4 sum = parts[at];
-  for (int part = 1; part < number; ++part) {
-    const float4 x = parts[part * quads + at];
-    sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+  if (at >= packs) return;
+  Pack<float, kWidth> sum{};
+  for (int part = 0; part < number; ++part) {
+    const auto x = reinterpret_cast<const Pack<float, kWidth>*>(parts)[part * packs + at];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sum.values[i] += x.values[i];
   }
-  struct alignas(4 * sizeof(Element)) Quad {
-    Element x, y, z, w;
-  };
-  reinterpret_cast<Quad*>(out)[at] = {Element(sum.x), Element(sum.y), Element(sum.z), Element(sum.w)};
+  Pack<Element, kWidth> rounded;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) rounded.values[i] = Element(sum.values[i]);
+  reinterpret_cast<Pack<Element, kWidth>*>(out)[at] = rounded;
+}
+
+template <class Element, int kWidth>
+void launch(const float* parts, int number, void* out, int64_t count, cudaStream_t stream) {
+  const int64_t packs = count / kWidth;
+  combine_kernel<Element, kWidth><<<dim3((packs + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
+      parts, number, static_cast<Element*>(out), packs);
 }
 
 }  // namespace
@@ -27,10 +40,10 @@ __global__ void combine_kernel(const float4* parts, int number, Element* out, in
 cudaError_t run_combine(const float* parts, int number, void* out, int64_t count, ElementType type,
                         cudaStream_t stream) {
   return with_element(type, [&](auto element) {
-    using Element = decltype(element);
-    const int64_t quads = count / 4;
-    combine_kernel<<<dim3((quads + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
-        reinterpret_cast<const float4*>(parts), number, static_cast<Element*>(out), quads);
+    if (count % 4 == 0)
+      launch<decltype(element), 4>(parts, number, out, count, stream);
+    else
+      launch<decltype(element), 1>(parts, number, out, count, stream);
     return cudaGetLastError();
   });
 }

@@ -5,6 +5,6 @@
 
 #include "params.h"
 
-// out (count values of `type`) = the sum of `number` parts of float32, one after another; 4 divides count.
+// out (count values of `type`) = the sum of `number` parts of float32, one after another.
 cudaError_t run_combine(const float* parts, int number, void* out, int64_t count, ElementType type,
                         cudaStream_t stream);

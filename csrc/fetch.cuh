@@ -86,7 +86,7 @@ __device__ void fetch(const PassParams& p, SharedStorage<V>& shared) {
     chunk.sequence = work.sequence, chunk.batch = work.batch, chunk.head = head;
     chunk.d_tile = tile / p.e_tiles, chunk.e_tile = tile % p.e_tiles;
     chunk.chain = of, chunk.position = position;
-    chunk.log2_lambda = work.valid ? log2_decay(p.log_decay, head) : CUDART_NAN_F;
+    chunk.log_lambda = work.valid ? log_decay_of(p.log_decay, head) : CUDART_NAN_F;
     fetcher.segment(work, chunk);
   }
   const int stage = fetcher.claim();

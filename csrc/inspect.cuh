@@ -62,14 +62,15 @@ struct Inspector {
   __device__ void weigh(const Chunk& chunk, Notes<V>& notes) {
     for (int x = thread; x < 2 * kChunk; x += kInspecting) {
       const int later = x - kChunk, distance = p.reverse ? -later : later;
-      notes.weights[x] = distance < 0 ? -1.f : power(chunk.log2_lambda, distance);
+      notes.weights[x] = distance < 0 ? -1.f : power(chunk.log_lambda, distance);
     }
     for (int i = thread; i < kChunk; i += kInspecting) {
-      notes.reading[i] = power(chunk.log2_lambda, p.reverse ? max(chunk.n - 1 - i, 0) : i + 1);
-      notes.writing[i] = power(chunk.log2_lambda, p.reverse ? i + 1 : max(chunk.n - 1 - i, 0));
+      notes.reading[i] = power(chunk.log_lambda, p.reverse ? max(chunk.n - 1 - i, 0) : i + 1);
+      notes.writing[i] = power(chunk.log_lambda, p.reverse ? i + 1 : max(chunk.n - 1 - i, 0));
     }
     sync_threads(1, kInspecting);  // all have seen what was known, and see the weights
-    if (thread == 0) notes.n = chunk.n, notes.log2_lambda = chunk.log2_lambda;
+    if (thread == 0)
+      notes.n = chunk.n, notes.log_lambda = chunk.log_lambda, notes.carried = power(chunk.log_lambda, chunk.n);
   }
 
   // Calls use(row, length) for each row of a tile; returns whether one of them is not finite. A thread takes the part
@@ -152,8 +153,7 @@ struct Inspector {
   }
 
   __device__ void inspect(const Chunk& chunk, const Stage<V>& tile, Notes<V>& notes) {
-    if (notes.n != chunk.n || __float_as_int(notes.log2_lambda) != __float_as_int(chunk.log2_lambda))
-      weigh(chunk, notes);
+    if (notes.n != chunk.n || __float_as_int(notes.log_lambda) != __float_as_int(chunk.log_lambda)) weigh(chunk, notes);
     const bool cut_off = chunk.n < kChunk && p.table != nullptr;
     if (cut_off) {
       clear_rows(tile.a(), V::kVPanels, chunk.n);

@@ -97,9 +97,9 @@ __global__ void __launch_bounds__(kBlockThreads, kMake == Make::kDecayGradient ?
   Work work;
   if (!find_work(p, blockIdx.x / tiles / p.heads, work)) return;
   if (!kOutput && work.last) return;
-  float log2_lambda = log2_decay(p.log_decay, head);
-  if (!work.valid) log2_lambda = CUDART_NAN_F;
-  if (threadIdx.x <= kTokens) shared.powers[threadIdx.x] = power(log2_lambda, threadIdx.x);
+  float log_lambda = log_decay_of(p.log_decay, head);
+  if (!work.valid) log_lambda = CUDART_NAN_F;
+  if (threadIdx.x <= kTokens) shared.powers[threadIdx.x] = power(log_lambda, threadIdx.x);
 
   const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, pair = 2 * (threadIdx.x % 4);
   const int first_d = tile / p.e_tiles * kTileD, first_e = tile % p.e_tiles * kTileE;
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kBlockThreads, kMake == Make::kDecayGradient ?
       for (int x = 0; x < kTokens / 2; ++x) {
         const int i = warp * 16 + row + x / 2 % 2 * 8, j = x / 4 * 8 + pair + x % 2,
                   distance = p.reverse ? j - i : i - j;
-        float weight = power(log2_lambda, max(distance, 0));
+        float weight = power(log_lambda, max(distance, 0));
         if constexpr (kDecay) weight *= distance;
         shared.scores[i][j] = distance < 0 || j >= n ? 0.f : scores[x / 4][x % 4] * weight;
       }

@@ -60,14 +60,14 @@ __global__ void scan_kernel(const __grid_constant__ PassParams p, int elements) 
   const int head = blockIdx.x % p.heads, at = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
   Work work;
   if (!find_work(p, blockIdx.x / p.heads, work) || !work.first || work.last || at >= elements) return;
-  const float log2_lambda = log2_decay(p.log_decay, head);
+  const float log_lambda = log_decay_of(p.log_decay, head);
   float* carry = p.carry + head * p.carry_strides.head + at;
   float4 state = *reinterpret_cast<const float4*>(carry + work.carry * p.carry_strides.sequence);
   while (true) {
     if (!find_work(p, work.slot + (p.reverse ? -1 : 1), work) || work.last) return;
     float4* here = reinterpret_cast<float4*>(carry + work.carry * p.carry_strides.sequence);
     const float4 own = *here;
-    const float carried = power(log2_lambda, work.length);
+    const float carried = power(log_lambda, work.length);
     state = make_float4(own.x + carried * state.x, own.y + carried * state.y, own.z + carried * state.z,
                         own.w + carried * state.w);
     *here = state;

@@ -72,7 +72,7 @@ struct StateKeeper {
     if (p.final == nullptr) return;
     const StateStrides at = p.final_strides;
     float* to = p.final + offset(chunk, at);
-    scale(power(chunk.log2_lambda, 0));  // NaN for a bad decay, however short the sequence
+    scale(isnan(chunk.log_lambda) ? CUDART_NAN_F : 1.f);  // however short the sequence
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
 #pragma unroll
@@ -126,7 +126,7 @@ struct StateKeeper {
       wait_for_copies();
     }
     if (!chunk.ends) {
-      const float carried = power(chunk.log2_lambda, chunk.length);
+      const float carried = power(chunk.log_lambda, chunk.length);
       float4* to = carry(chunk, chunk.position + 1);
 #pragma unroll
       for (int quad = 0; quad < kRows * kQuads; ++quad) {
@@ -194,11 +194,11 @@ struct StateKeeper {
     }
   }
 
-  __device__ void advance(const Chunk& chunk, const Stage<V>& tile, const Notes<V>& notes) {
+  __device__ void advance(const Stage<V>& tile, const Notes<V>& notes) {
     uint32_t left[kRows][4][4];
 #pragma unroll
     for (int m = 0; m < kRows; ++m) load_left(left[m], tile.a() + m * kPanelBytes, notes);
-    scale(power(chunk.log2_lambda, chunk.n));
+    scale(notes.carried);
 #pragma unroll
     for (int m = 0; m < kRows; ++m) wgmma_hold(s[m]), wgmma_hold(left[m]);
     const uint32_t right = address_now(tile.b());
@@ -245,7 +245,7 @@ __device__ void keep_state(const PassParams& p, SharedStorage<V>& shared) {
     } else if (chunk.first) {
       me.zero();
     }
-    me.advance(chunk, Stage<V>(shared, stage), shared.notes[stage]);
+    me.advance(Stage<V>(shared, stage), shared.notes[stage]);
     arrive_as_warp(shared.advanced[stage]);
     if (chunk.kind == Kind::kOutput && chunk.last && chunk.ends) me.store_final(chunk);
     arrive_as_warp(shared.empty[stage]);

@@ -53,17 +53,18 @@ struct alignas(16) Chunk {
   int length;        // of the segment
   int sequence, batch, head, d_tile, e_tile;
   int chain, position;  // of the head and tile, and of the segment in it, in the order of the pass
-  float log2_lambda;
+  float log_lambda;
 };
 
 // What `inspect` finds in a stage, by token of the chunk.
 template <class V>
 struct Notes {
-  float log2_lambda;  // of which the weights are, for chunks of n tokens
+  float log_lambda;  // of which the weights are, for chunks of n tokens
   int n;
-  float weights[2 * kChunk];  // λ^|i-j| at i - j + kChunk, or -1 where masked
-  float writing[kChunk];      // what token j weighs in the state
-  float reading[kChunk];      // what token i reads the state with
+  float carried;                         // λ^n
+  alignas(8) float weights[2 * kChunk];  // λ^|i-j| at i - j + kChunk, or -1 where masked
+  float writing[kChunk];                 // what token j weighs in the state
+  float reading[kChunk];                 // what token i reads the state with
   float columns[V::kLengths ? kChunk : 1], rows[V::kLengths ? kChunk : 1];  // 1 / |x| of what scores are made of
   float scaled[V::kLengths ? kChunk : 1];                                   // writing, times columns
   // To take a gradient through unit length: 1 / |x|, and 1 / |x|² or 0 for vectors divided by a constant.
