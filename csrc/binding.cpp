@@ -113,10 +113,11 @@ View view_of(const Tensor& x, const char* name, int64_t query_heads, int* group)
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-float* state_of(const Tensor& x, const char* name, const Tensor& like, int64_t heads, int64_t d, int64_t e,
-                StateStrides* strides) {
+// `rows`: sequences, at least.
+float* state_of(const Tensor& x, const char* name, const Tensor& like, int64_t rows, int64_t heads, int64_t d,
+                int64_t e, StateStrides* strides) {
   check_same(x, name, ScalarType::Float, like);
-  check_shape(x, name, {x.size(0), heads, d, e});
+  check_shape(x, name, {std::max(x.size(0), rows), heads, d, e});
   *strides = {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
   return static_cast<float*>(x.data_ptr());
 }
@@ -142,7 +143,7 @@ int64_t fill(PassParams& p, const Tensor& k, const Tensor& v, const std::optiona
     p.table = static_cast<const Segment*>(table->data_ptr());
     slots = p.positions = table->size(0) - 1;
   }
-  if (initial) p.initial = state_of(*initial, "initial", k, heads, p.d, p.e, &p.initial_strides);
+  if (initial) p.initial = state_of(*initial, "initial", k, table ? 1 : p.batch, heads, p.d, p.e, &p.initial_strides);
   p.reverse = reverse;
   p.d_tiles = (p.d + tile.d - 1) / tile.d;
   p.e_tiles = (p.e + tile.e - 1) / tile.e;
@@ -192,7 +193,7 @@ void states_float32(const Tensor& k, const Tensor& v, const std::optional<Tensor
   const int64_t slots = fill(p, k, v, log_decay, initial, table, heads, segment_length, reverse, kFloat32Tile);
   p.k_view = view_of(k, "k", heads, &p.k_group);
   p.v_view = view_of(v, "v", heads, &p.v_group);
-  p.carry = state_of(carry, "carry", k, heads, p.d, p.e, &p.carry_strides);
+  p.carry = state_of(carry, "carry", k, 1, heads, p.d, p.e, &p.carry_strides);
   check_shape(carry, "carry", {int64_t(p.batch) * p.segments, heads, p.d, p.e});
   CHECK(carry.is_contiguous(), "carry: expected contiguous");
   const cudaStream_t stream = stream_of(k);
@@ -216,11 +217,11 @@ void attend_float32(const Tensor& q, const Tensor& k, const Tensor& v, const std
   p.v_view = view_of(v, "v", heads, &p.v_group);
   CHECK(carry.has_value() == (p.segments > 1), "carry: expected with more than one segment");
   if (carry) {
-    p.carry = state_of(*carry, "carry", k, heads, p.d, p.e, &p.carry_strides);
+    p.carry = state_of(*carry, "carry", k, 1, heads, p.d, p.e, &p.carry_strides);
     check_shape(*carry, "carry", {int64_t(p.batch) * p.segments, heads, p.d, p.e});
   }
   fill_output(p, out, k);
-  if (final) p.final = state_of(*final, "final", k, heads, p.d, p.e, &p.final_strides);
+  if (final) p.final = state_of(*final, "final", k, table ? 1 : p.batch, heads, p.d, p.e, &p.final_strides);
   check_cuda(run_pass_float32(p, true, exact, slots * heads * p.d_tiles * p.e_tiles, stream_of(k)));
 }
 
@@ -242,7 +243,7 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   p.k = tensor_map(k, "k", heads, &p.k_batch, &p.k_group);
   p.v = tensor_map(v, "v", heads, &p.v_batch, &p.v_group);
   p.norm = Norm(norm);
-  CHECK(p.norm == Norm::kNone || (norm == int64_t(Norm::kValues) ? p.e_tiles : p.d_tiles) == 1,
+  CHECK(p.norm == Norm::kNone || (p.norm == Norm::kValues ? tile.d <= 128 && p.e_tiles == 1 : p.d_tiles == 1),
         "norm: expected vectors no wider than a tile");
   CHECK(x.has_value() == (both || p.norm == Norm::kValues), "x: expected where it is used");
   if (x) {
@@ -274,7 +275,7 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
     p.counts = static_cast<int*>(counts->data_ptr());
     p.ticket = p.counts + chains * 4;
   }
-  if (final) p.final = state_of(*final, "final", k, heads, p.d, p.e, &p.final_strides);
+  if (final) p.final = state_of(*final, "final", k, table ? 1 : p.batch, heads, p.d, p.e, &p.final_strides);
   int multiprocessors = 0;
   check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, k.get_device_index()));
   const int pieces = slots * heads * p.d_tiles * p.e_tiles;
@@ -301,7 +302,8 @@ void decay_gradient(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   check_shape(grad_o, "grad_o", {p.batch, heads, p.tokens, p.e});
   int group;
   p.grad_view = view_of(grad_o, "grad_o", heads, &group);
-  if (grad_state) p.final_grad = state_of(*grad_state, "grad_state", k, heads, p.d, p.e, &p.final_strides);
+  if (grad_state)
+    p.final_grad = state_of(*grad_state, "grad_state", k, table ? 1 : p.batch, heads, p.d, p.e, &p.final_strides);
   const int64_t tiles = int64_t(p.d_tiles) * p.e_tiles;
   check_same(parts, "parts", ScalarType::Float, k);
   check_shape(parts, "parts", {slots, heads, tiles});
@@ -331,11 +333,13 @@ void step(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional
   check_same(k, "k", q.scalar_type(), q);
   check_same(v, "v", q.scalar_type(), q);
   CHECK(q.stride(3) == 1 && k.stride(3) == 1 && v.stride(3) == 1, "q, k, v: expected the last dim contiguous");
+  CHECK(p.heads % k.size(1) == 0 && p.heads % v.size(1) == 0, "k, v: expected heads that divide ", p.heads);
   check_same(state, "state", ScalarType::Float, q);
   check_shape(state, "state", {p.batch, p.heads, p.d, p.e});
   check_same(out, "out", q.scalar_type(), q);
   check_shape(out, "out", {p.batch, p.heads, 1, p.e});
   CHECK(state.is_contiguous() && out.is_contiguous(), "state, out: expected contiguous");
+  CHECK(reinterpret_cast<uintptr_t>(state.data_ptr()) % 16 == 0, "state: expected 16-byte aligned");
   p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr(), p.out = out.data_ptr();
   p.q_batch = q.stride(0), p.q_head = q.stride(1);
   p.k_batch = k.stride(0), p.k_head = k.stride(1), p.k_group = p.heads / k.size(1);

@@ -73,10 +73,8 @@ __device__ void fetch(const PassParams& p, SharedStorage<V>& shared) {
   Fetcher<V> fetcher{p, shared};
   const int tiles = p.d_tiles * p.e_tiles, rows = p.table == nullptr ? p.batch : 1, chains = rows * p.heads * tiles;
   const int positions = p.table == nullptr ? p.positions : p.table[p.positions].sequence;
-  int next = next_piece(p, -1);
-  while (next < positions * chains) {
-    const int piece = next;
-    next = next_piece(p, piece);
+  const bool all_whole = p.table != nullptr && p.table[p.positions].start == 1;
+  for (int piece = next_piece(p, -1); piece < positions * chains; piece = next_piece(p, piece)) {
     const int of = piece % chains, position = piece / chains, place = p.reverse ? positions - 1 - position : position;
     const int head = of / tiles % p.heads, tile = of % tiles;
     Work work;
@@ -85,7 +83,7 @@ __device__ void fetch(const PassParams& p, SharedStorage<V>& shared) {
     chunk.starts = work.first, chunk.ends = work.last, chunk.length = work.length;
     chunk.sequence = work.sequence, chunk.batch = work.batch, chunk.head = head;
     chunk.d_tile = tile / p.e_tiles, chunk.e_tile = tile % p.e_tiles;
-    chunk.chain = of, chunk.position = position;
+    chunk.chain = of, chunk.position = position, chunk.in_turn = p.counts != nullptr && !all_whole;
     chunk.log_lambda = work.valid ? log_decay_of(p.log_decay, head) : CUDART_NAN_F;
     fetcher.segment(work, chunk);
   }

@@ -187,6 +187,7 @@ struct OutputMaker {
                    {pack<Element>(of[0], of[1]), pack<Element>(of[2], of[3]), pack<Element>(of[4], of[5]),
                     pack<Element>(of[6], of[7])});
     }
+    fence_for_async();  // of the copy that follows, and of the tile that takes the place of this one
     const int first = Of::kTransposed ? 0 : chunk.e_tile * V::kE;
     if (chunk.n < kChunk && p.table != nullptr) {
       sync_threads(2 + group, kWarpgroup);
@@ -202,7 +203,6 @@ struct OutputMaker {
       }
       return;
     }
-    fence_for_async();
     sync_threads(2 + group, kWarpgroup);
     if (thread != 0) return;
 #pragma unroll

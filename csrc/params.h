@@ -56,9 +56,10 @@ struct PassParams {
   // By the others: (B × segments, H, D, E), the state after each segment.
   float* carry;
   StateStrides carry_strides;
-  const Segment* table;  // of packed sequences, else null; one more entry says whether the bounds are good
-  int positions;         // length of the table without that entry, or segments of a row
-  int segments;          // of each row of the batch, were it one sequence
+  // Of packed sequences, else null. One more entry: how many are used; 1 if all sequences are whole; -1 for bad bounds.
+  const Segment* table;
+  int positions;  // length of the table without that entry, or segments of a row
+  int segments;   // of each row of the batch, were it one sequence
   int segment_length;
   int batch, heads, tokens, d, e;
   int d_tiles, e_tiles;

@@ -23,7 +23,8 @@ __global__ void plan_kernel(const int* cu_seqlens, int sequences, int tokens, in
     short_ones &= cu_seqlens[n + 1] - cu_seqlens[n] <= whole;
   }
   good = __syncthreads_and(good);
-  if (__syncthreads_and(short_ones)) segment_length = tokens;
+  const bool all_whole = __syncthreads_and(short_ones);
+  if (all_whole) segment_length = tokens;
   if (thread == 0) used = 0;
   __syncthreads();
   for (int from = 0; from < sequences; from += kThreads) {
@@ -52,26 +53,36 @@ __global__ void plan_kernel(const int* cu_seqlens, int sequences, int tokens, in
     __syncthreads();
   }
   for (int slot = used + thread; slot < slots; slot += kThreads) table[slot] = {0, 0, -1, 0};
-  if (thread == 0) table[slots] = {used, 0, good ? 0 : -1, 0};
+  if (thread == 0) table[slots] = {used, all_whole ? 1 : 0, good ? 0 : -1, 0};
 }
 
-// A block adds up part of one head's states along one sequence.
+// A block adds up part of one head's states along one sequence, a thread kWidth neighbouring values.
+template <int kWidth>
 __global__ void scan_kernel(const __grid_constant__ PassParams p, int elements) {
-  const int head = blockIdx.x % p.heads, at = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
+  struct alignas(kWidth * sizeof(float)) Pack {
+    float values[kWidth];
+  };
+  const int head = blockIdx.x % p.heads, at = (blockIdx.y * blockDim.x + threadIdx.x) * kWidth;
   Work work;
   if (!find_work(p, blockIdx.x / p.heads, work) || !work.first || work.last || at >= elements) return;
   const float log_lambda = log_decay_of(p.log_decay, head);
   float* carry = p.carry + head * p.carry_strides.head + at;
-  float4 state = *reinterpret_cast<const float4*>(carry + work.carry * p.carry_strides.sequence);
+  Pack state = *reinterpret_cast<const Pack*>(carry + work.carry * p.carry_strides.sequence);
   while (true) {
     if (!find_work(p, work.slot + (p.reverse ? -1 : 1), work) || work.last) return;
-    float4* here = reinterpret_cast<float4*>(carry + work.carry * p.carry_strides.sequence);
-    const float4 own = *here;
+    Pack* here = reinterpret_cast<Pack*>(carry + work.carry * p.carry_strides.sequence);
+    const Pack own = *here;
     const float carried = power(log_lambda, work.length);
-    state = make_float4(own.x + carried * state.x, own.y + carried * state.y, own.z + carried * state.z,
-                        own.w + carried * state.w);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) state.values[i] = own.values[i] + carried * state.values[i];
     *here = state;
   }
+}
+
+template <int kWidth>
+void scan(const PassParams& p, int64_t slots, cudaStream_t stream) {
+  const int elements = p.d * p.e, packs = elements / kWidth, threads = std::min(256, (packs + 31) / 32 * 32);
+  scan_kernel<kWidth><<<dim3(slots * p.heads, (packs + threads - 1) / threads), threads, 0, stream>>>(p, elements);
 }
 
 }  // namespace
@@ -83,8 +94,9 @@ cudaError_t run_plan(const int* cu_seqlens, int sequences, int tokens, int segme
 }
 
 cudaError_t run_scan(const PassParams& p, int64_t slots, cudaStream_t stream) {
-  const int elements = p.d * p.e, threads = std::min(256, (elements / 4 + 31) / 32 * 32);
-  const dim3 blocks(slots * p.heads, (elements / 4 + threads - 1) / threads);
-  scan_kernel<<<blocks, threads, 0, stream>>>(p, elements);
+  if (p.d * p.e % 4 == 0)
+    scan<4>(p, slots, stream);
+  else
+    scan<1>(p, slots, stream);
   return cudaGetLastError();
 }

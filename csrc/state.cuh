@@ -113,7 +113,7 @@ struct StateKeeper {
   __device__ void begin_output(const Chunk& chunk) {
     const bool zeros = chunk.starts && chunk.ends && p.initial == nullptr;
     float4* room = reinterpret_cast<float4*>(shared.states) + thread();
-    if (p.counts != nullptr) wait_for_turn(chunk);
+    if (chunk.in_turn) wait_for_turn(chunk);
     if (!zeros) {
       const float4* from = carry(chunk, chunk.position);
 #pragma unroll 4
@@ -136,7 +136,7 @@ struct StateKeeper {
                                                    fmaf(carried, b.z, own[2]), fmaf(carried, b.w, own[3])));
       }
     }
-    if (p.counts != nullptr) announce(chunk);
+    if (chunk.in_turn) announce(chunk);
 #pragma unroll
     for (int quad = 0; quad < kRows * kQuads; ++quad) {
       const float4 b = load_four(room + quad * kWarpgroup, zeros);

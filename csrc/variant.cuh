@@ -53,6 +53,7 @@ struct alignas(16) Chunk {
   int length;        // of the segment
   int sequence, batch, head, d_tile, e_tile;
   int chain, position;  // of the head and tile, and of the segment in it, in the order of the pass
+  int in_turn;          // whether states are handed on along the chain
   float log_lambda;
 };
 

@@ -74,6 +74,7 @@ def lightning_attention(
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v, same_length=True)
     check_log_decay(log_decay, q)
+    log_decay = None if log_decay is None else log_decay.contiguous()
     check_cu_seqlens(cu_seqlens, q)
     check_state(initial_state, "initial_state", q, v, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
     refuse_forward_mode(q, k, v, log_decay, initial_state)
@@ -106,6 +107,7 @@ def lightning_attention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor 
     if q.shape[2] != 1:
         raise ValueError(f"q: expected 1 token, got {q.shape[2]}")
     check_log_decay(log_decay, q)
+    log_decay = None if log_decay is None else log_decay.contiguous()
     if state is None:
         raise TypeError("state: expected a tensor, got None")
     check_state(state, "state", q, v, q.shape[0])
@@ -223,7 +225,8 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 @torch.library.custom_op(f"{_NAMESPACE}::step", mutates_args={"state"})
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
-    if state.is_contiguous() and _has_elements(q, v) and cuda_unavailable_reason(q, v) is None:
+    aligned = state.is_contiguous() and state.data_ptr() % 16 == 0
+    if _has_elements(q, v) and cuda_unavailable_reason(q, v) is None and aligned:
         return cuda_step(q, k, v, log_decay, state)
     wide = state.dtype
     k, v = (expand_heads(x, q.shape[1]).to(wide) for x in (k, v))

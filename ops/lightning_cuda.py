@@ -107,7 +107,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and the initial state; `grad_state` None means zeros."""
     d, e, wide_q, wide_k = q.shape[3], v.shape[3], q, k
-    norm_outside = qk_norm and not _norm_in_kernel(q, 128)
+    norm_outside = qk_norm and not (_norm_in_kernel(q, 128) and _norm_in_kernel(v, 128))
     if norm_outside:
         q, k, qk_norm = unit_length(q), unit_length(k), False
     do, q, k, v = (_for_kernel(x) for x in (grad_o, q, k, v))
@@ -153,7 +153,7 @@ def decay_gradient(
     """Gradient of log_decay, (H,): one more pass, whose output is the derivative of o by log λ."""
     if qk_norm:
         q, k = unit_length(q), unit_length(k)
-    q, k, v, grad_o = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, grad_o))
+    q, k, v, grad_o = (_rows_contiguous(x) for x in (q, k, v, grad_o))
     segments = _cut(q, -(-q.shape[2] // CHUNK) * CHUNK, q.shape[2], cu_seqlens)
     slots = q.shape[0] if segments.table is None else len(segments.table) - 1
     parts_of_d, parts_of_e = _parts(FLOAT32_TILE, q, v)
@@ -167,7 +167,7 @@ def decay_gradient(
 def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
     """One token; updates the state (B, H, D, E), contiguous float32, in place and returns o (B, H, 1, E)."""
     o = v.new_empty((*q.shape[:3], v.shape[3]))
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
     torch.ops.transnormer_kernels.step(q, k, v, log_decay, state, o)
     return o
 
@@ -317,14 +317,19 @@ def _exact() -> bool:
 def _for_kernel(x: Tensor) -> Tensor:
     """x as the copy engine takes it: rows adjacent, of whole 16 bytes, 16-byte aligned; else a copy of it."""
     if x.dtype == torch.float32:
-        return x if x.stride(3) == 1 else x.contiguous()
+        return _rows_contiguous(x)
     if x.shape[3] % 8:
         x = F.pad(x, (0, -x.shape[3] % 8))
     whole = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and x.stride(2) != 0
     if whole and all(x.stride(i) * x.element_size() % 16 == 0 for i in range(3) if x.shape[i] > 1):
         return x
     warn_of_copy()
-    return x.contiguous() if x.stride(2) else x.clone(memory_format=torch.contiguous_format)
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """x, or a copy of it: to PyTorch a last dim of one entry is contiguous whatever its stride."""
+    return x if x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 @functools.cache

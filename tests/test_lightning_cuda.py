@@ -41,6 +41,7 @@ CASES = [
     *(Case(Gk=a, Gv=b, D=64, E=128) for a, b in ((1, 1), (2, 2), (1, 4), (4, 2))),
     *(Case(qk_norm=True, D=d, E=64, Gk=2, Gv=1) for d in (40, 64, 128, 200, 264)),
     *(Case(layout=layout, D=64, E=32) for layout in ("transposed", "projection", "columns")),
+    *(Case(qk_norm=True, D=d, E=e) for d, e in ((128, 256), (64, 264))),  # one pass for dk and dv, or three
     Case(layout="projection", qk_norm=True, Gk=1, Gv=2, D=128, E=128),
     Case(state=False, D=64, E=64),
     packed(0, 130, D=64, E=64),
@@ -81,6 +82,7 @@ def test_is_as_accurate_as_plain_pytorch(case: Case, dtype: torch.dtype, device:
         Case(T=300, D=64, E=64, Gk=2, Gv=1),
         Case(T=300, D=128, E=128, qk_norm=True),
         Case(T=200, D=264, E=136, B=1, H=1, Gk=1, Gv=1),
+        *(Case(T=200, D=d, E=e) for d, e in ((1, 1), (7, 33))),
         packed(0, 64, 70, 70, 200, 333, 400, D=64, E=64),
         packed(0, 129, 333, D=128, E=128, qk_norm=True),
     ],
@@ -248,6 +250,22 @@ def test_an_argument_that_must_be_copied_is_mentioned_once(device: torch.device)
     with pytest.warns(UserWarning, match="copies an argument") as seen:
         assert torch.equal(lightning_attention(x, x, x, backend="cuda"), expected)
     assert len(seen) == 1
+
+
+@every_type
+def test_takes_what_is_contiguous_but_not_aligned_or_of_one_column(dtype: torch.dtype, device: torch.device) -> None:
+    flat = torch.randn(2 * 3 * 40 * 16 + 1, device=device, dtype=dtype)[1:]
+    odd, column = flat.view(2, 3, 40, 16), flat[:240].view(2, 3, 1, 40).mT
+    decay = torch.tensor(-0.1, device=device).expand(3)
+    for x in (odd, column):
+        expected = lightning_attention(x.clone(), x.clone(), x.clone(), decay.clone(), backend="cuda")
+        assert torch.equal(lightning_attention(x, x, x, decay, backend="cuda"), expected)
+    tokens = [x[:, :, :1] for x in (odd, odd, column)]
+    states = torch.zeros(2 * 3 * 16 + 1, device=device)
+    own, shifted = states[:-1].view(2, 3, 16, 1).clone(), states[1:].view(2, 3, 16, 1)
+    expected = lightning_attention_step(*(x.clone() for x in tokens), decay.clone(), own)
+    torch.testing.assert_close(lightning_attention_step(*tokens, decay, shifted), expected)
+    torch.testing.assert_close(shifted, own)
 
 
 def test_what_the_kernels_do_not_take_has_a_reason(device: torch.device) -> None:
