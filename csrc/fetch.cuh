@@ -25,15 +25,15 @@ struct Fetcher {
   }
 
   // What a cut sequence reads twice stays for the second time, in which all the rest passes through.
-  __device__ Keep keep(Kind kind) const {
-    if (p.counts == nullptr || p.d_tiles * p.e_tiles > 1) return Keep::kNormal;
-    return kind == Kind::kAdvance ? Keep::kLong : Keep::kShort;
+  __device__ Keep keep(const Chunk& chunk) const {
+    if (!chunk.in_turn || p.d_tiles * p.e_tiles > 1) return Keep::kNormal;
+    return chunk.kind == Kind::kAdvance ? Keep::kLong : Keep::kShort;
   }
 
   __device__ void copy(uint8_t* to, int panels, const CUtensorMap& map, Barrier& barrier, int column,
                        const Chunk& chunk, int head, int batch) {
     for (int i = 0; i < panels; ++i)
-      copy_tile(to + i * kPanelBytes, map, barrier, keep(chunk.kind), column + i * kPanel, chunk.token, head, batch);
+      copy_tile(to + i * kPanelBytes, map, barrier, keep(chunk), column + i * kPanel, chunk.token, head, batch);
   }
 
   __device__ void send(const Chunk& chunk) {

@@ -208,7 +208,7 @@ struct OutputMaker {
 #pragma unroll
     for (int panel = 0; panel < kColumns / kPanel; ++panel)
       store_tile(Of::kTransposed ? p.out_of_k_map : p.out_map, staging + panel * kPanelBytes,
-                 p.counts == nullptr ? Keep::kNormal : Keep::kShort, first + panel * kPanel, chunk.token, chunk.head,
+                 chunk.in_turn ? Keep::kShort : Keep::kNormal, first + panel * kPanel, chunk.token, chunk.head,
                  chunk.batch);
     commit_stores();
   }

@@ -2,8 +2,8 @@
 //
 // A block walks through segments of heads, chunk by chunk, and its warpgroups share the work:
 //   fetch    copies the tiles of a chunk; only it knows the order, the others do what it says of each chunk
-//   inspect  (three other warps) prepares the weights of tokens and lengths of vectors
-//   state    keeps the state, transposed (E × D), in registers and shows it to the outputs before each chunk
+//   inspect  (three other warps) prepares the weights of tokens and lengths of vectors, and looks for what is not
+//   finite state    keeps the state, transposed (E × D), in registers and shows it to the outputs before each chunk
 //   output   two of them: scores, masked, times values, plus what is read from the state; they take turns, or one makes
 //            the gradients of v and the other those of k
 // Only `state` depends on the chunk before, and does no more than one product for each.

@@ -22,7 +22,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @needs_nvcc
 def test_compiles_without_warnings_and_without_spills(tmp_path: Path) -> None:
-    """Of the kernels of `pass_hopper.cuh`, those that divide by lengths may spill five values, outside their products.
+    """Of the kernels of `pass_hopper.cuh`, those that divide by lengths may spill five values.
 
     Warnings are errors by the compiler's flags.
     """
