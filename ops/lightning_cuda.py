@@ -6,8 +6,8 @@ the same thing with other names:
     dv = Pᵀ do                   a pass from right to left with k, q, do
     dk = ((do vᵀ) ⊙ M)ᵀ q        a pass from right to left with v, do, q
 Each of them carries a state, of which the gradient of the final state is the first value for dv and dk, and the last
-value is the gradient of the initial state. In 2-byte types up to a width of 128 dv and dk are one pass, which carries it
-once. `csrc/README.md` has the equations.
+value is the gradient of the initial state. In 2-byte types up to a width of 128 dv and dk are one pass, which carries
+it once. `csrc/README.md` has the equations.
 """
 
 import functools
