@@ -5,6 +5,8 @@
 
 #include <cuda.h>
 
+#include "params.h"
+
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -36,6 +38,14 @@ struct Barrier {
         "@!done bra again; }" ::"r"(shared_address(this)),
         "r"(parity)
         : "memory");
+  }
+  __device__ bool passed(int parity) {
+    int done;
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(shared_address(this)), "r"(parity)
+                 : "memory");
+    return done;
   }
 };
 
@@ -73,23 +83,23 @@ __device__ inline void set_registers() {
 // How long the second cache should keep what is copied; the values are those of createpolicy for a whole access.
 enum class Keep : uint64_t { kNormal = 0x1000000000000000, kShort = 0x12F0000000000000, kLong = 0x14F0000000000000 };
 
-// Copies the box at (column, token, head, batch) of a tensor to shared memory; what lies outside arrives as zeros.
-__device__ inline void copy_tile(void* to, const CUtensorMap& map, Barrier& barrier, Keep keep, int column, int token,
-                                 int head, int batch) {
+// Copies a box to shared memory; what lies outside of the tensor arrives as zeros.
+__device__ inline void copy_box(void* to, const CUtensorMap& map, Barrier& barrier, Keep keep, const Corner& at) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
-      "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(token), "r"(head), "r"(batch), "l"(uint64_t(keep))
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(at.column), "r"(at.token), "r"(at.panel), "r"(at.head),
+      "r"(at.batch), "l"(uint64_t(keep))
       : "memory");
 }
 
-// Copies a box from shared memory to (column, token, head, batch) of a tensor; what lies outside is left out.
-__device__ inline void store_tile(const CUtensorMap& map, const void* from, Keep keep, int column, int token, int head,
-                                  int batch) {
+// Copies a box from shared memory; what lies outside of the tensor is left out.
+__device__ inline void store_box(const CUtensorMap& map, const void* from, Keep keep, const Corner& at) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5}], [%1], %6;" ::"l"(
-          &map),
-      "r"(shared_address(from)), "r"(column), "r"(token), "r"(head), "r"(batch), "l"(uint64_t(keep))
+      "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5, %6}], [%1], "
+      "%7;" ::"l"(&map),
+      "r"(shared_address(from)), "r"(at.column), "r"(at.token), "r"(at.panel), "r"(at.head), "r"(at.batch),
+      "l"(uint64_t(keep))
       : "memory");
 }
 // Of this thread's stores: begins to count them, and waits until shared memory has been read.

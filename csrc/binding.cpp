@@ -70,9 +70,10 @@ const float* log_decay_of(const std::optional<Tensor>& log_decay, const Tensor& 
   return static_cast<const float*>(log_decay->data_ptr());
 }
 
-// A (B, heads, T, width) tensor for the copy engine, in boxes of 64 columns and 64 tokens. A dim that is expanded has
-// one entry: *batch becomes 0, and *group, the query heads that share a head, all of them.
-CUtensorMap tensor_map(const Tensor& x, const char* name, int64_t query_heads, int* batch, int* group) {
+// A (B, heads, T, width) tensor for the copy engine, in boxes of 64 tokens and the panels of a tile `columns` wide, or
+// of one panel where a panel would end beyond the tensor's width. A dim that is expanded has one entry: `batch` becomes
+// 0, and `group` all query heads.
+TiledTensor tiled(const Tensor& x, const char* name, int64_t query_heads, int columns) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -85,32 +86,33 @@ CUtensorMap tensor_map(const Tensor& x, const char* name, int64_t query_heads, i
   CHECK(x.stride(3) == 1, name, ": expected the last dim contiguous");
   CHECK(query_heads % x.size(1) == 0, name, ": expected heads that divide ", query_heads, ", got ", x.size(1));
   const bool one_row = x.stride(0) == 0 || x.size(0) == 1, one_head = x.stride(1) == 0 || x.size(1) == 1;
-  *batch = one_row ? 0 : 1;
-  *group = one_head ? query_heads : query_heads / x.size(1);
-  cuuint64_t sizes[4] = {cuuint64_t(x.size(3)), cuuint64_t(x.size(2)), one_head ? 1 : cuuint64_t(x.size(1)),
-                         one_row ? 1 : cuuint64_t(x.size(0))};
-  cuuint64_t strides[3];
-  for (int i = 0; i < 3; ++i) {
-    strides[i] = x.stride(2 - i) * 2;
+  TiledTensor tiled;
+  tiled.batch = one_row ? 0 : 1;
+  tiled.group = one_head ? query_heads : query_heads / x.size(1);
+  tiled.at_once = x.size(3) % 64 == 0;
+  const cuuint64_t panels = tiled.at_once ? x.size(3) / 64 : 1;
+  const cuuint64_t sizes[5] = {cuuint64_t(x.size(3)) / panels, cuuint64_t(x.size(2)), panels,
+                               one_head ? 1 : cuuint64_t(x.size(1)), one_row ? 1 : cuuint64_t(x.size(0))};
+  cuuint64_t strides[4] = {cuuint64_t(x.stride(2)) * 2, 64 * 2, cuuint64_t(x.stride(1)) * 2,
+                           cuuint64_t(x.stride(0)) * 2};
+  for (int i = 0; i < 4; ++i) {
     if (sizes[i + 1] == 1) strides[i] = sizes[0] * 2;  // of no meaning, but it must be a valid one
     CHECK(strides[i] > 0 && strides[i] % 16 == 0, name, ": expected strides of whole 16 bytes");
   }
   CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name, ": expected 16-byte aligned");
-  const cuuint32_t box[4] = {64, 64, 1, 1}, steps[4] = {1, 1, 1, 1};
-  CUtensorMap map;
-  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, x.data_ptr(), sizes, strides, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+  const cuuint32_t box[5] = {64, 64, tiled.at_once ? cuuint32_t(columns / 64) : 1, 1, 1}, steps[5] = {1, 1, 1, 1, 1};
+  const CUresult result = encode(&tiled.map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, x.data_ptr(), sizes, strides, box,
+                                 steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   CHECK(result == CUDA_SUCCESS, name, ": no tensor map, error ", int(result));
-  return map;
+  return tiled;
 }
 
 // The same for the kernels that read memory by themselves.
-View view_of(const Tensor& x, const char* name, int64_t query_heads, int* group) {
+View view_of(const Tensor& x, const char* name, int64_t query_heads) {
   CHECK(x.dim() == 4 && x.stride(3) == 1, name, ": expected 4 dims, the last one contiguous");
   CHECK(query_heads % x.size(1) == 0, name, ": expected heads that divide ", query_heads, ", got ", x.size(1));
-  *group = query_heads / x.size(1);
-  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), int(query_heads / x.size(1))};
 }
 
 // `rows`: sequences, at least.
@@ -191,8 +193,8 @@ void states_float32(const Tensor& k, const Tensor& v, const std::optional<Tensor
   check_two_bytes(k, false);
   PassParams p{};
   const int64_t slots = fill(p, k, v, log_decay, initial, table, heads, segment_length, reverse, kFloat32Tile);
-  p.k_view = view_of(k, "k", heads, &p.k_group);
-  p.v_view = view_of(v, "v", heads, &p.v_group);
+  p.k_view = view_of(k, "k", heads);
+  p.v_view = view_of(v, "v", heads);
   p.carry = state_of(carry, "carry", k, 1, heads, p.d, p.e, &p.carry_strides);
   check_shape(carry, "carry", {int64_t(p.batch) * p.segments, heads, p.d, p.e});
   CHECK(carry.is_contiguous(), "carry: expected contiguous");
@@ -212,9 +214,9 @@ void attend_float32(const Tensor& q, const Tensor& k, const Tensor& v, const std
   const int64_t slots = fill(p, k, v, log_decay, initial, table, heads, segment_length, reverse, kFloat32Tile);
   check_same(q, "q", k.scalar_type(), k);
   check_shape(q, "q", {p.batch, q.size(1), p.tokens, p.d});
-  p.q_view = view_of(q, "q", heads, &p.q_group);
-  p.k_view = view_of(k, "k", heads, &p.k_group);
-  p.v_view = view_of(v, "v", heads, &p.v_group);
+  p.q_view = view_of(q, "q", heads);
+  p.k_view = view_of(k, "k", heads);
+  p.v_view = view_of(v, "v", heads);
   CHECK(carry.has_value() == (p.segments > 1), "carry: expected with more than one segment");
   if (carry) {
     p.carry = state_of(*carry, "carry", k, 1, heads, p.d, p.e, &p.carry_strides);
@@ -239,9 +241,9 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   const int64_t slots = fill(p, k, v, log_decay, initial, table, heads, segment_length, reverse, tile);
   check_same(q, "q", k.scalar_type(), k);
   check_shape(q, "q", {p.batch, q.size(1), p.tokens, p.d});
-  p.q = tensor_map(q, "q", heads, &p.q_batch, &p.q_group);
-  p.k = tensor_map(k, "k", heads, &p.k_batch, &p.k_group);
-  p.v = tensor_map(v, "v", heads, &p.v_batch, &p.v_group);
+  p.q = tiled(q, "q", heads, tile.d);
+  p.k = tiled(k, "k", heads, tile.d);
+  p.v = tiled(v, "v", heads, tile.e);
   p.norm = Norm(norm);
   CHECK(p.norm == Norm::kNone || (p.norm == Norm::kValues ? tile.d <= 128 && p.e_tiles == 1 : p.d_tiles == 1),
         "norm: expected vectors no wider than a tile");
@@ -249,17 +251,16 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   if (x) {
     check_same(*x, "x", k.scalar_type(), k);
     check_shape(*x, "x", {p.batch, heads, p.tokens, p.e});
-    p.x = tensor_map(*x, "x", heads, &p.x_batch, &p.x_group);
+    p.x = tiled(*x, "x", heads, tile.e);
   }
   fill_output(p, out, k);
-  int one;
-  if (p.out != nullptr) p.out_map = tensor_map(out, "out", heads, &one, &one);
+  if (p.out != nullptr) p.out_tiles = tiled(out, "out", heads, tile.e);
   if (both) {
     check_same(*out_of_k, "out_of_k", k.scalar_type(), k);
     check_shape(*out_of_k, "out_of_k", {p.batch, heads, p.tokens, p.d});
     CHECK(out_of_k->is_contiguous() && p.d_tiles * p.e_tiles == 1, "out_of_k: expected contiguous, and one tile");
     p.out_of_k = out_of_k->data_ptr();
-    p.out_of_k_map = tensor_map(*out_of_k, "out_of_k", heads, &one, &one);
+    p.out_of_k_tiles = tiled(*out_of_k, "out_of_k", heads, tile.d);
   }
   CHECK(!p.partial || p.norm != Norm::kValues, "out: expected in one part");
   const int64_t chains = (table ? 1 : p.batch) * heads * p.d_tiles * p.e_tiles;
@@ -293,15 +294,14 @@ void decay_gradient(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   const int64_t heads = q.size(1), length = (q.size(2) + 63) / 64 * 64;
   PassParams p{};
   const int64_t slots = fill(p, k, v, log_decay, initial, table, heads, length, false, kFloat32Tile);
-  p.k_view = view_of(k, "k", heads, &p.k_group);
-  p.v_view = view_of(v, "v", heads, &p.v_group);
+  p.k_view = view_of(k, "k", heads);
+  p.v_view = view_of(v, "v", heads);
   check_same(q, "q", k.scalar_type(), k);
   check_shape(q, "q", {p.batch, heads, p.tokens, p.d});
-  p.q_view = view_of(q, "q", heads, &p.q_group);
+  p.q_view = view_of(q, "q", heads);
   check_same(grad_o, "grad_o", k.scalar_type(), k);
   check_shape(grad_o, "grad_o", {p.batch, heads, p.tokens, p.e});
-  int group;
-  p.grad_view = view_of(grad_o, "grad_o", heads, &group);
+  p.grad_view = view_of(grad_o, "grad_o", heads);
   if (grad_state)
     p.final_grad = state_of(*grad_state, "grad_state", k, table ? 1 : p.batch, heads, p.d, p.e, &p.final_strides);
   const int64_t tiles = int64_t(p.d_tiles) * p.e_tiles;

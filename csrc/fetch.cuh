@@ -10,6 +10,7 @@ __device__ inline int next_piece(const PassParams& p, int before) {
   return before < 0 ? blockIdx.x : before + gridDim.x;
 }
 
+// One thread's work, which every chunk waits for: what holds for all chunks of a segment is made once.
 template <class V>
 struct Fetcher {
   const PassParams& p;
@@ -25,68 +26,89 @@ struct Fetcher {
   }
 
   // What a cut sequence reads twice stays for the second time, in which all the rest passes through.
-  __device__ Keep keep(const Chunk& chunk) const {
-    if (!chunk.in_turn || p.d_tiles * p.e_tiles > 1) return Keep::kNormal;
-    return chunk.kind == Kind::kAdvance ? Keep::kLong : Keep::kShort;
+  __device__ Keep keep(Kind kind) const {
+    if (!shared.next.in_turn || p.d_tiles * p.e_tiles > 1) return Keep::kNormal;
+    return kind == Kind::kAdvance ? Keep::kLong : Keep::kShort;
   }
 
-  __device__ void copy(uint8_t* to, int panels, const CUtensorMap& map, Barrier& barrier, int column,
-                       const Chunk& chunk, int head, int batch) {
-    for (int i = 0; i < panels; ++i)
-      copy_tile(to + i * kPanelBytes, map, barrier, keep(chunk), column + i * kPanel, chunk.token, head, batch);
+  // Head and row of the batch that a segment reads of a tensor.
+  struct Source {
+    int head, batch;
+    __device__ Source(const TiledTensor& from, const Stretch& of)
+        : head(of.head / from.group), batch(of.batch * from.batch) {}
+  };
+
+  template <int kPanels>
+  __device__ static void copy(uint8_t* to, const TiledTensor& from, const Source& source, Barrier& barrier, Keep keep,
+                              int token, int tile) {
+    const int panel = tile * kPanels;
+    if (kPanels == 1 || from.at_once) {
+      copy_box(to, from.map, barrier, keep, from.corner(panel, token, source.head, source.batch));
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kPanels; ++i)
+        copy_box(to + i * kPanelBytes, from.map, barrier, keep,
+                 from.corner(panel + i, token, source.head, source.batch));
+    }
   }
 
-  __device__ void send(const Chunk& chunk) {
-    const int stage = claim();
-    Barrier& full = shared.full[stage];
-    shared.chunks[stage] = chunk;
-    const Stage<V> tile(shared, stage);
-    const bool all = chunk.kind == Kind::kOutput, x = V::kBoth || (V::kThrough && all);
-    const bool v = all || !V::kBoth, q = all || V::kBoth, k = all || !V::kBoth;
-    full.arrive_expecting(((q + k) * V::kQPanels + (v + x) * V::kVPanels) * kPanelBytes);
-    const int d = chunk.d_tile * V::kD, e = chunk.e_tile * V::kE;
-    if (k) copy(tile.k, V::kQPanels, p.k, full, d, chunk, chunk.head / p.k_group, chunk.batch * p.k_batch);
-    if (v) copy(tile.v, V::kVPanels, p.v, full, e, chunk, chunk.head / p.v_group, chunk.batch * p.v_batch);
-    if (q) copy(tile.q, V::kQPanels, p.q, full, d, chunk, chunk.head / p.q_group, chunk.batch * p.q_batch);
-    if (x) copy(tile.x, V::kVPanels, p.x, full, e, chunk, chunk.head / p.x_group, chunk.batch * p.x_batch);
-  }
-
-  // All chunks of a segment, once to find its state where later segments need it, and once for the outputs.
-  __device__ void segment(const Work& work, Chunk chunk) {
-    const int chunks = max(1, (work.length + kChunk - 1) / kChunk);
+  // All chunks of the next segment, once to find its state where later segments need it, and once for the outputs.
+  __device__ void segment(const Work& work) {
+    const Source q_source(p.q, shared.next), k_source(p.k, shared.next), v_source(p.v, shared.next),
+        x_source(V::kFourth ? p.x : p.v, shared.next);
+    const int d = shared.next.d_tile, e = shared.next.e_tile, chunks = max(1, (work.length + kChunk - 1) / kChunk);
     for (int round = work.last ? 1 : 0; round < 2; ++round) {
-      chunk.kind = round == 0 ? Kind::kAdvance : Kind::kOutput;
-      for (int x = 0; x < chunks; ++x) {
-        const int start = (p.reverse ? chunks - 1 - x : x) * kChunk;
-        chunk.token = work.start + start;
+      const bool all = round == 1, x = V::kBoth || (V::kThrough && all);
+      const bool v = all || !V::kBoth, q = all || V::kBoth, k = all || !V::kBoth;
+      const int bytes = ((q + k) * V::kQPanels + (v + x) * V::kVPanels) * kPanelBytes;
+      const Kind kind = all ? Kind::kOutput : Kind::kAdvance;
+      const Keep hint = keep(kind);
+      for (int i = 0; i < chunks; ++i) {
+        const int start = (p.reverse ? chunks - 1 - i : i) * kChunk, token = work.start + start;
+        const int stage = claim();
+        Chunk& chunk = shared.chunks[stage];
+        for (int at = 0; at < int(sizeof(Stretch)); at += 16)
+          store_piece(address_now(&chunk) + at, load_piece(address_now(&shared.next) + at));
+        chunk.kind = kind;
+        chunk.token = token;
         chunk.n = min(kChunk, work.length - start);
-        chunk.first = x == 0;
-        chunk.last = x == chunks - 1;
-        send(chunk);
+        chunk.first = i == 0;
+        chunk.last = i == chunks - 1;
+        Barrier& full = shared.full[stage];
+        const Stage<V> tile(shared, stage);
+        full.arrive_expecting(bytes);
+        if (k) copy<V::kQPanels>(tile.k, p.k, k_source, full, hint, token, d);
+        if (q) copy<V::kQPanels>(tile.q, p.q, q_source, full, hint, token, d);
+        if (v) copy<V::kVPanels>(tile.v, p.v, v_source, full, hint, token, e);
+        if (x) copy<V::kVPanels>(tile.x, p.x, x_source, full, hint, token, e);
       }
     }
   }
 };
 
+// Says in shared.next which segment of which head a piece of work is; returns whether there is one.
+__device__ inline bool find_piece(const PassParams& p, Stretch& next, int piece, Work& work) {
+  const int tiles = p.d_tiles * p.e_tiles, rows = p.table == nullptr ? p.batch : 1, chains = rows * p.heads * tiles;
+  const int positions = p.table == nullptr ? p.positions : p.table[p.positions].sequence;
+  if (piece >= positions * chains) return false;
+  const bool all_whole = p.table != nullptr && p.table[p.positions].start == 1;
+  const int of = piece % chains, position = piece / chains, place = p.reverse ? positions - 1 - position : position;
+  const int head = of / tiles % p.heads, tile = of % tiles;
+  find_work(p, of / tiles / p.heads * positions + place, work);
+  next.starts = work.first, next.ends = work.last, next.length = work.length;
+  next.sequence = work.sequence, next.batch = work.batch, next.head = head;
+  next.d_tile = tile / p.e_tiles, next.e_tile = tile % p.e_tiles;
+  next.chain = of, next.position = position, next.in_turn = p.counts != nullptr && !all_whole;
+  next.log_lambda = work.valid ? log_decay_of(p.log_decay, head) : CUDART_NAN_F;
+  return true;
+}
+
 template <class V>
 __device__ void fetch(const PassParams& p, SharedStorage<V>& shared) {
   Fetcher<V> fetcher{p, shared};
-  const int tiles = p.d_tiles * p.e_tiles, rows = p.table == nullptr ? p.batch : 1, chains = rows * p.heads * tiles;
-  const int positions = p.table == nullptr ? p.positions : p.table[p.positions].sequence;
-  const bool all_whole = p.table != nullptr && p.table[p.positions].start == 1;
-  for (int piece = next_piece(p, -1); piece < positions * chains; piece = next_piece(p, piece)) {
-    const int of = piece % chains, position = piece / chains, place = p.reverse ? positions - 1 - position : position;
-    const int head = of / tiles % p.heads, tile = of % tiles;
-    Work work;
-    find_work(p, of / tiles / p.heads * positions + place, work);
-    Chunk chunk{};
-    chunk.starts = work.first, chunk.ends = work.last, chunk.length = work.length;
-    chunk.sequence = work.sequence, chunk.batch = work.batch, chunk.head = head;
-    chunk.d_tile = tile / p.e_tiles, chunk.e_tile = tile % p.e_tiles;
-    chunk.chain = of, chunk.position = position, chunk.in_turn = p.counts != nullptr && !all_whole;
-    chunk.log_lambda = work.valid ? log_decay_of(p.log_decay, head) : CUDART_NAN_F;
-    fetcher.segment(work, chunk);
-  }
+  Work work;
+  for (int piece = next_piece(p, -1); find_piece(p, shared.next, piece, work); piece = next_piece(p, piece))
+    fetcher.segment(work);
   const int stage = fetcher.claim();
   shared.chunks[stage].kind = Kind::kEnd;
   shared.full[stage].arrive();

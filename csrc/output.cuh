@@ -3,6 +3,7 @@
 
 #include <math_constants.h>
 
+#include "lengths.cuh"
 #include "variant.cuh"
 #include "wgmma.cuh"
 
@@ -17,7 +18,13 @@ struct Operands {
   // Whether scores are divided by the lengths of the vectors of their rows and columns.
   static constexpr bool kColumnLengths = V::kLengths;
   static constexpr bool kRowLengths = V::kLengths && V::kNorm != Norm::kValues && !kTransposed;
+  // Whose vectors this one measures: those of the scores' columns, and of their rows or through whose length it goes.
+  static constexpr bool kMeasuresColumns = V::kLengths && kRole != Role::kGradientOfV;
+  static constexpr bool kMeasuresRows = V::kLengths && !kTransposed;
+  static constexpr bool kMeasuresValues = kMeasuresColumns && (kTransposed || V::kNorm == Norm::kValues);
+  static constexpr int kMeasured = (V::kNorm == Norm::kValues ? V::kE : V::kD) / kPanel;  // panels
   uint8_t *left, *right, *values, *through;
+  uint8_t *of_columns, *of_rows;
 
   __device__ explicit Operands(const Stage<V>& tile) {
     if constexpr (kRole == Role::kSingle)
@@ -26,10 +33,25 @@ struct Operands {
       left = tile.k, right = tile.q, values = tile.x, through = nullptr;
     else
       left = tile.v, right = tile.x, values = tile.q, through = tile.k;
+    of_columns = kMeasuresValues ? values : right;
+    of_rows = V::kNorm == Norm::kValues ? through : left;
   }
 };
 
-// What a thread of an output warpgroup does: it holds two rows, tokens `row` and 8 later, of scores and outputs.
+// Where a thread of an output warpgroup stands: it holds two rows, tokens `row` and 8 later, of scores and outputs, and
+// from column `pair` on two of every 8 columns. Asked for where it is used: else the compiler keeps all that follows.
+struct Lane {
+  int thread, lane, row, pair;
+  __device__ Lane() {
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    thread %= kWarpgroup;
+    lane = thread % 32;
+    row = thread / 32 * 16 + lane / 4;
+    pair = 2 * (lane % 4);
+  }
+};
+
+// What an output warpgroup does.
 template <class V, Role kRole>
 struct OutputMaker {
   using Element = typename V::Element;
@@ -38,29 +60,65 @@ struct OutputMaker {
   static constexpr int kPanelOfState = V::kE * kPanelRow;
   const PassParams& p;
   SharedStorage<V>& shared;
-  const int group, thread, lane, row, pair;
+  const int group;
+  int held = -1;   // stage that this warp has not left yet, since the copy engine reads from it
+  int phases = 0;  // a bit for each stage: parity of the barriers that only chunks with outputs pass
 
-  __device__ OutputMaker(const PassParams& p, SharedStorage<V>& shared, int group, int thread)
-      : p(p),
-        shared(shared),
-        group(group),
-        thread(thread),
-        lane(thread % 32),
-        row(thread / 32 * 16 + lane / 4),
-        pair(2 * (lane % 4)) {}
+  __device__ OutputMaker(const PassParams& p, SharedStorage<V>& shared, int group)
+      : p(p), shared(shared), group(group) {}
 
-  __device__ void start_scores(float (&scores)[32], const Of& of) {
-    const uint32_t left = address_now(of.left), right = address_now(of.right);
+  // Leaves the stage whose tile the last output was stored from.
+  __device__ void release() {
+    if (held < 0) return;
+    if (Lane().thread == 0) wait_for_stores();
+    arrive_as_warp(shared.empty[held]);
+    held = -1;
+  }
+
+  // left rightᵀ of two tiles.
+  template <int kPanels>
+  __device__ void start_product(float (&products)[32], const uint8_t* left_tile, const uint8_t* right_tile) {
+    const uint32_t left = address_now(left_tile), right = address_now(right_tile);
     wgmma_fence();
 #pragma unroll
-    for (int panel = 0; panel < Of::kInner / kPanel; ++panel) {
+    for (int panel = 0; panel < kPanels; ++panel) {
 #pragma unroll
       for (int x = 0; x < 4; ++x) {
-        const int at = panel * kPanelBytes + x * 32;
-        wgmma<Element, 64, 0>(scores, descriptor(left + at), descriptor(right + at), panel + x > 0);
+        const int offset = panel * kPanelBytes + x * 32;
+        wgmma<Element, 64, 0>(products, descriptor(left + offset), descriptor(right + offset), panel + x > 0);
       }
     }
     wgmma_commit();
+  }
+
+  // Measures vectors, for all roles; returns whether one of the scores' columns is not finite.
+  __device__ bool measure(const Of& of, Notes<V>& notes, int stage, bool columns, bool rows) {
+    const Lane at;
+    float products[32];
+    bool nonfinite = false;
+    const auto each = [&](uint8_t* tile, auto use) {
+      start_product<Of::kMeasured>(products, tile, tile);
+      release();
+      wgmma_wait<0>();
+      wgmma_hold(products);
+      const float2 squares = diagonal(products, at.thread / 32, at.lane);
+      const int one = at.row + at.lane % 4 * 8;
+      if (at.lane % 4 < 2) use(one, length_of<Element>(at.lane % 4 ? squares.y : squares.x, tile, Of::kMeasured, one));
+    };
+    if (columns)
+      each(of.of_columns, [&](int i, Length x) {
+        notes.columns[i] = x.unit;
+        notes.scaled[i] = x.unit * notes.writing[i];
+        nonfinite = isnan(x.unit);
+      });
+    if (rows)
+      each(of.of_rows, [&](int i, Length x) {
+        notes.rows[i] = x.unit;
+        if constexpr (V::kThrough) notes.inverse[i] = x.inverse, notes.along[i] = x.constant ? 0.f : x.unit * x.unit;
+      });
+    nonfinite = any_thread(2 + group, kWarpgroup, nonfinite);
+    arrive_as_warp(shared.measured[stage]);
+    return nonfinite;
   }
 
   __device__ void start_reading(float (&o)[kColumns / 2], const Of& of, const uint8_t* state) {
@@ -83,11 +141,12 @@ struct OutputMaker {
 
   // Scores times λ^|i-j| and lengths, as left operand; chosen, not multiplied where masked: 0 · NaN is NaN.
   __device__ void mask(uint32_t (&left)[4][4], const float (&scores)[32], const Notes<V>& notes) {
+    const Lane at;
     float lengths[2] = {1.f, 1.f};
-    if constexpr (Of::kRowLengths) lengths[0] = notes.rows[row], lengths[1] = notes.rows[row + 8];
+    if constexpr (Of::kRowLengths) lengths[0] = notes.rows[at.row], lengths[1] = notes.rows[at.row + 8];
 #pragma unroll
     for (int x = 0; x < 32; x += 2) {
-      const int i = row + x / 2 % 2 * 8, j = x / 4 * 8 + pair;
+      const int i = at.row + x / 2 % 2 * 8, j = x / 4 * 8 + at.pair;
       const float* weight = &notes.weights[kChunk + i - j];
       float a = scores[x] * weight[0], b = scores[x + 1] * weight[-1];
       if constexpr (Of::kRowLengths) a *= lengths[x / 2 % 2], b *= lengths[x / 2 % 2];
@@ -99,8 +158,9 @@ struct OutputMaker {
   }
 
   __device__ void scale_rows(float (&o)[kColumns / 2], const Notes<V>& notes) {
-    float reading[2] = {notes.reading[row], notes.reading[row + 8]};
-    if constexpr (Of::kRowLengths) reading[0] *= notes.rows[row], reading[1] *= notes.rows[row + 8];
+    const Lane at;
+    float reading[2] = {notes.reading[at.row], notes.reading[at.row + 8]};
+    if constexpr (Of::kRowLengths) reading[0] *= notes.rows[at.row], reading[1] *= notes.rows[at.row + 8];
 #pragma unroll
     for (int x = 0; x < kColumns / 2; ++x) o[x] *= reading[x / 2 % 2];
   }
@@ -116,14 +176,15 @@ struct OutputMaker {
 
   // Takes values that are not finite out of the tile, once all others have read it, and notes where they were: times
   // a masked score, 0, they would change the output of earlier tokens.
-  __device__ void take_out(uint8_t* values, Notes<V>& notes, int stage, int step) {
+  __device__ void take_out(uint8_t* values, Notes<V>& notes, int stage) {
+    const Lane at;
     auto& bad = notes.bad[kRole == Role::kGradientOfK];
-    shared.advanced[stage].wait(parity(step, V::kStages));
-    if constexpr (V::kBoth) shared.scored[stage].wait(parity(step, V::kStages));
-    for (int x = thread; x < kColumns; x += kWarpgroup) bad[x] = 0;
+    shared.advanced[stage].wait(phases >> stage & 1);
+    if constexpr (V::kBoth) shared.scored[stage].wait(phases >> stage & 1);
+    for (int x = at.thread; x < kColumns; x += kWarpgroup) bad[x] = 0;
     sync_threads(2 + group, kWarpgroup);
 #pragma unroll 1
-    for (int x = thread; x < kColumns * kChunk / 8; x += kWarpgroup) {
+    for (int x = at.thread; x < kColumns * kChunk / 8; x += kWarpgroup) {
       const int token = x / 8 % kChunk;
       int column = x / 8 / kChunk * kPanel + (x % 8 ^ token % 8) * 8;
       uint4 piece = load_piece(shared_address(values) + x * 16);
@@ -140,20 +201,22 @@ struct OutputMaker {
 
   // NaN from the first token on that brought a value that is not finite.
   __device__ void spoil(float (&o)[kColumns / 2], const Notes<V>& notes) {
+    const Lane at;
     const auto& bad = notes.bad[kRole == Role::kGradientOfK];
 #pragma unroll
     for (int x = 0; x < kColumns / 2; ++x) {
-      const int i = row + x / 2 % 2 * 8;
-      const unsigned long long seen = bad[x / 4 * 8 + pair + x % 2];
+      const int i = at.row + x / 2 % 2 * 8;
+      const unsigned long long seen = bad[x / 4 * 8 + at.pair + x % 2];
       if (p.reverse ? seen >> i : seen << (63 - i)) o[x] = CUDART_NAN_F;
     }
   }
 
   // The gradient of u = x / |x| to that of x: (du - (du·u) u) / |x|, equation (4).
   __device__ void through_unit_length(float (&o)[kColumns / 2], const uint8_t* vectors, const Notes<V>& notes) {
-    const uint32_t base = shared_address(vectors) + pair * 2;
+    const Lane at;
+    const uint32_t base = shared_address(vectors) + at.pair * 2;
     const auto vector = [&](int x) {
-      return unpack<Element>(load_word(base + x / 32 * kPanelBytes + piece_offset(row + x / 2 % 2 * 8, x / 4 % 8)));
+      return unpack<Element>(load_word(base + x / 32 * kPanelBytes + piece_offset(at.row + x / 2 % 2 * 8, x / 4 % 8)));
     };
     float along[2] = {};
 #pragma unroll
@@ -165,9 +228,9 @@ struct OutputMaker {
     for (int half = 0; half < 2; ++half) {
       along[half] += __shfl_xor_sync(~0u, along[half], 1);
       along[half] += __shfl_xor_sync(~0u, along[half], 2);
-      along[half] *= notes.along[row + half * 8];
+      along[half] *= notes.along[at.row + half * 8];
     }
-    const float inverse[2] = {notes.inverse[row], notes.inverse[row + 8]};
+    const float inverse[2] = {notes.inverse[at.row], notes.inverse[at.row + 8]};
 #pragma unroll
     for (int x = 0; x < kColumns / 2; x += 2) {
       const float2 v = vector(x);
@@ -179,23 +242,25 @@ struct OutputMaker {
   // To global memory, by way of the left tile, which nobody else reads any more. The copy engine does it, but for
   // chunks that end with their sequence amid others.
   __device__ void store(const float (&o)[kColumns / 2], const Chunk& chunk, uint8_t* staging) {
+    const Lane at;
     const uint32_t base = shared_address(staging);
 #pragma unroll
     for (int x = 0; x < kColumns / 16; ++x) {
       const float* of = &o[x * 8];
-      store_blocks(base + x / 4 * kPanelBytes + piece_offset(row - lane / 4 + lane % 16, x % 4 * 2 + lane / 16),
-                   {pack<Element>(of[0], of[1]), pack<Element>(of[2], of[3]), pack<Element>(of[4], of[5]),
-                    pack<Element>(of[6], of[7])});
+      store_blocks(
+          base + x / 4 * kPanelBytes + piece_offset(at.row - at.lane / 4 + at.lane % 16, x % 4 * 2 + at.lane / 16),
+          {pack<Element>(of[0], of[1]), pack<Element>(of[2], of[3]), pack<Element>(of[4], of[5]),
+           pack<Element>(of[6], of[7])});
     }
     fence_for_async();  // of the copy that follows, and of the tile that takes the place of this one
     const int first = Of::kTransposed ? 0 : chunk.e_tile * V::kE;
-    if (chunk.n < kChunk && p.table != nullptr) {
+    if (chunk.cut_off(p)) {
       sync_threads(2 + group, kWarpgroup);
       const int width = Of::kTransposed ? p.d : p.e;
       Element* out = static_cast<Element*>(Of::kTransposed ? p.out_of_k : p.out) +
                      ((int64_t(chunk.batch) * p.heads + chunk.head) * p.tokens + chunk.token) * width + first;
 #pragma unroll 1
-      for (int x = thread; x < chunk.n * (kColumns / 8); x += kWarpgroup) {
+      for (int x = at.thread; x < chunk.n * (kColumns / 8); x += kWarpgroup) {
         const int i = x / (kColumns / 8), piece = x % (kColumns / 8);
         if (first + piece * 8 < width)
           *reinterpret_cast<uint4*>(out + int64_t(i) * width + piece * 8) =
@@ -204,42 +269,58 @@ struct OutputMaker {
       return;
     }
     sync_threads(2 + group, kWarpgroup);
-    if (thread != 0) return;
-#pragma unroll
-    for (int panel = 0; panel < kColumns / kPanel; ++panel)
-      store_tile(Of::kTransposed ? p.out_of_k_map : p.out_map, staging + panel * kPanelBytes,
-                 chunk.in_turn ? Keep::kShort : Keep::kNormal, first + panel * kPanel, chunk.token, chunk.head,
-                 chunk.batch);
+    if (at.thread != 0) return;
+    const TiledTensor& to = Of::kTransposed ? p.out_of_k_tiles : p.out_tiles;
+    const Keep hint = chunk.in_turn ? Keep::kShort : Keep::kNormal;
+    const int batch = chunk.batch * to.batch;
+    if (kColumns == kPanel || to.at_once) {
+      store_box(to.map, staging, hint, to.corner(first / kPanel, chunk.token, chunk.head, batch));
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kColumns / kPanel; ++i)
+        store_box(to.map, staging + i * kPanelBytes, hint,
+                  to.corner(first / kPanel + i, chunk.token, chunk.head, batch));
+    }
     commit_stores();
   }
 
   // The part of one tile of d, in float32.
   __device__ void store_part(const float (&o)[kColumns / 2], const Chunk& chunk) {
-    const int first = chunk.e_tile * V::kE + pair;
+    const Lane at;
+    const int first = chunk.e_tile * V::kE + at.pair;
     const int64_t head = (int64_t(chunk.d_tile) * p.batch + chunk.batch) * p.heads + chunk.head;
     float* out = p.partial + (head * p.tokens + chunk.token) * p.e + first;
 #pragma unroll
     for (int x = 0; x < kColumns / 2; x += 2) {
-      const int i = row + x / 2 % 2 * 8, column = x / 4 * 8;
+      const int i = at.row + x / 2 % 2 * 8, column = x / 4 * 8;
       if (i < chunk.n && first + column < p.e)
         *reinterpret_cast<float2*>(out + int64_t(i) * p.e + column) = make_float2(o[x], o[x + 1]);
     }
   }
 
-  __device__ void make(const Chunk& chunk, const Stage<V>& tile, Notes<V>& notes, int stage, int step, int outputs) {
-    const Of of(tile);
+  __device__ void make(const Chunk& chunk, int stage, int step, int outputs) {
+    const Of of(Stage<V>(shared, stage));
+    Notes<V>& notes = shared.notes[stage];
     const int buffer = outputs % V::kStates;
-    const bool nonfinite = notes.nonfinite[kRole == Role::kGradientOfK];
     float scores[32], o[kColumns / 2];
     uint32_t masked[4][4];
-    start_scores(scores, of);
+    bool nonfinite = false;
+    if (V::kLengths || chunk.cut_off(p)) shared.ready[stage].wait(parity(step, V::kStages));
+    if constexpr (V::kLengths) {
+      nonfinite = measure(of, notes, stage, Of::kMeasuresColumns, Of::kMeasuresRows);
+      if constexpr (V::kBoth) shared.measured[stage].wait(parity(step, V::kStages));
+    }
+    start_product<Of::kInner / kPanel>(scores, of.left, of.right);
+    release();
+    shared.ready[stage].wait(parity(step, V::kStages));
+    if constexpr (!Of::kMeasuresValues) nonfinite = notes.nonfinite[kRole == Role::kGradientOfK];
     wgmma_wait<0>();
     wgmma_hold(scores);
     if constexpr (V::kBoth) arrive_as_warp(shared.scored[stage]);
     mask(masked, scores, notes);
     shared.state_full[buffer].wait(parity(outputs, V::kStates));
     start_reading(o, of, shared.states[buffer]);
-    if (nonfinite) take_out(of.values, notes, stage, step);
+    if (nonfinite) take_out(of.values, notes, stage);
     wgmma_wait<0>();
     wgmma_hold(o);
     arrive_as_warp(shared.state_empty[buffer]);
@@ -252,51 +333,55 @@ struct OutputMaker {
     wgmma_hold(masked);
     if (nonfinite) spoil(o, notes);
     if constexpr (Of::kThrough) through_unit_length(o, of.through, notes);
-    if constexpr (V::kBoth && V::kThrough) {  // one reads the tile that the other stages its output in
-      if constexpr (Of::kThrough)
-        arrive_as_warp(shared.through[stage]);
-      else
-        shared.through[stage].wait(parity(step, V::kStages));
-    }
+    wait_for_others(stage);
     if (kRole == Role::kSingle && p.partial != nullptr)
       store_part(o, chunk);
     else
       store(o, chunk, of.left);
   }
+
+  // Until nobody else reads the tiles that this output takes values out of or is staged in. Seldom is there anything to
+  // wait for.
+  __device__ void wait_for_others(int stage) {
+    const int phase = phases >> stage & 1;
+    shared.advanced[stage].wait(phase);
+    if constexpr (V::kBoth) {
+      shared.scored[stage].wait(phase);
+      if constexpr (Of::kThrough) arrive_as_warp(shared.through[stage]);
+      if constexpr (V::kThrough && !Of::kThrough) shared.through[stage].wait(phase);
+    }
+  }
+
+  // A chunk that only the state advances by: measured for it.
+  __device__ void measure_alone(const Chunk& chunk, int stage, int step) {
+    const Of of(Stage<V>(shared, stage));
+    shared.ready[stage].wait(parity(step, V::kStages));
+    measure(of, shared.notes[stage], stage, Of::kMeasuresColumns, false);
+  }
 };
 
 // Of `group` 0 or 1: with kBoth one makes the gradients of v and the other those of k, else they take turns.
-template <class V>
-__device__ void make_outputs(const PassParams& p, SharedStorage<V>& shared, int group, int thread) {
-  int outputs = 0, held = -1;  // stage that this warp has not left yet, since the copy engine reads from it
+template <class V, Role kRole>
+__device__ void make_outputs(const PassParams& p, SharedStorage<V>& shared, int group) {
+  OutputMaker<V, kRole> me(p, shared, group);
+  int outputs = 0;
   for (int step = 0;; ++step) {
     const int stage = step % V::kStages;
-    shared.ready[stage].wait(parity(step, V::kStages));
-    if (held >= 0) {
-      if (thread == 0) wait_for_stores();
-      arrive_as_warp(shared.empty[held]);
-      held = -1;
-    }
+    if (!shared.full[stage].passed(parity(step, V::kStages))) me.release();
+    shared.full[stage].wait(parity(step, V::kStages));
     const Chunk& chunk = shared.chunks[stage];
-    if (chunk.kind == Kind::kEnd) return;
     const bool output = chunk.kind == Kind::kOutput, mine = output && (V::kBoth || outputs % 2 == group);
+    if (!mine) me.release();
+    if (chunk.kind == Kind::kEnd) return;
     if (mine) {
-      const Stage<V> tile(shared, stage);
-      Notes<V>& notes = shared.notes[stage];
-      if constexpr (!V::kBoth) {
-        OutputMaker<V, Role::kSingle>(p, shared, group, thread).make(chunk, tile, notes, stage, step, outputs);
-      } else if (group == 0) {
-        OutputMaker<V, Role::kGradientOfV>(p, shared, group, thread).make(chunk, tile, notes, stage, step, outputs);
-      } else {
-        OutputMaker<V, Role::kGradientOfK>(p, shared, group, thread).make(chunk, tile, notes, stage, step, outputs);
-      }
-    } else if constexpr (V::kBoth) {
-      arrive_as_warp(shared.scored[stage]);
-      if (V::kThrough && group == 1) arrive_as_warp(shared.through[stage]);
+      me.make(chunk, stage, step, outputs);
+    } else if constexpr (V::kLengths) {
+      if (!output && (V::kBoth || step % 2 == group)) me.measure_alone(chunk, stage, step);
     }
     outputs += output;
-    if (mine && thread < 32)
-      held = stage;
+    me.phases ^= output << stage;
+    if (mine && Lane().thread < 32)
+      me.held = stage;
     else
       arrive_as_warp(shared.empty[stage]);
   }

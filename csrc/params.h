@@ -17,6 +17,25 @@ struct StateStrides {
 struct View {
   const void* data;
   int64_t batch, head, token;
+  int group;  // query heads that share a head
+};
+
+// Of a box that the copy engine moves.
+struct Corner {
+  int column, token, panel, head, batch;
+};
+
+// The same for the copy engine: dims (columns, T, panels of 64 columns, heads, B).
+struct TiledTensor {
+  CUtensorMap map;
+  int batch;    // 0: one row of the batch serves all
+  int group;    // query heads that share a head
+  int at_once;  // whether one copy takes all panels of a tile; else each is a copy, at its column
+
+  // Where the box that begins with a panel does.
+  __device__ Corner corner(int panel, int token, int head, int row) const {
+    return at_once ? Corner{0, token, panel, head, row} : Corner{panel * 64, token, 0, head, row};
+  }
 };
 
 constexpr double kMinLength = 1e-6;  // shorter vectors are divided by it: MIN_LENGTH of ops/numerics.py
@@ -33,14 +52,12 @@ struct Segment {
 struct PassParams {
   // (B, heads, T, width), of 2-byte types. x is the gradient of the output where gradients of k and v are made
   // together, else the vectors through whose unit length the output, a gradient, is taken.
-  CUtensorMap q, k, v, x;
-  int q_batch, k_batch, v_batch, x_batch;  // 0: one row of the batch serves all
-  int q_group, k_group, v_group, x_group;  // query heads that share a head
-  View q_view, k_view, v_view;             // the same tensors, where the copy engine is not used
+  TiledTensor q, k, v, x;
+  View q_view, k_view, v_view;  // the same tensors, where the copy engine is not used
   // (B, H, T, E), contiguous, in the inputs' type; (B, H, T, D), the gradient of k, where it is made together with that
   // of v; or (tiles of D, B, H, T, E) in float32, to be added up.
   void *out, *out_of_k;
-  CUtensorMap out_map, out_of_k_map;
+  TiledTensor out_tiles, out_of_k_tiles;
   float* partial;
   const float* log_decay;  // (H,) or null
   const float* initial;    // null: zeros

@@ -132,9 +132,9 @@ __global__ void __launch_bounds__(kBlockThreads, kMake == Make::kDecayGradient ?
     const int64_t token = work.start + chunk * kTokens;
     __syncthreads();
     if constexpr (kOutput)
-      load_tile<Element, kTileD>(shared.q, p.q_view, work.batch, head / p.q_group, token, n, first_d, p.d);
-    load_tile<Element, kTileD>(shared.k, p.k_view, work.batch, head / p.k_group, token, n, first_d, p.d);
-    load_tile<Element, kTileE>(shared.v, p.v_view, work.batch, head / p.v_group, token, n, first_e, p.e);
+      load_tile<Element, kTileD>(shared.q, p.q_view, work.batch, head / p.q_view.group, token, n, first_d, p.d);
+    load_tile<Element, kTileD>(shared.k, p.k_view, work.batch, head / p.k_view.group, token, n, first_d, p.d);
+    load_tile<Element, kTileE>(shared.v, p.v_view, work.batch, head / p.v_view.group, token, n, first_e, p.e);
     if (threadIdx.x < kTileE) shared.first_bad[threadIdx.x] = INT_MAX, shared.last_bad[threadIdx.x] = -1;
     __syncthreads();
     const auto reading = [&](int i) { return shared.powers[p.reverse ? max(n - 1 - i, 0) : i + 1]; };

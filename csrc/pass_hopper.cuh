@@ -2,10 +2,10 @@
 //
 // A block walks through segments of heads, chunk by chunk, and its warpgroups share the work:
 //   fetch    copies the tiles of a chunk; only it knows the order, the others do what it says of each chunk
-//   inspect  (three other warps) prepares the weights of tokens and lengths of vectors, and looks for what is not
-//   finite state    keeps the state, transposed (E × D), in registers and shows it to the outputs before each chunk
-//   output   two of them: scores, masked, times values, plus what is read from the state; they take turns, or one makes
-//            the gradients of v and the other those of k
+//   inspect  (three other warps) prepares the weights of tokens and looks for values that are not finite
+//   state    keeps the state, transposed (E × D), in registers and shows it to the outputs before each chunk
+//   output   two of them: lengths, scores, masked, times values, plus what is read from the state; they take turns, or
+//            one makes the gradients of v and the other those of k
 // Only `state` depends on the chunk before, and does no more than one product for each.
 #pragma once
 
@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
     for (int stage = 0; stage < V::kStages; ++stage) {
       shared.full[stage].init(1);
       shared.ready[stage].init(kInspecting);
+      shared.measured[stage].init(V::kBoth ? 2 * kWarps : kWarps);
       shared.advanced[stage].init(kWarps);
       shared.scored[stage].init(2 * kWarps);
       shared.through[stage].init(kWarps);
@@ -45,7 +46,12 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
     keep_state<V>(p, shared);
   } else if (group < 3) {
     set_registers<V::kOutputRegisters, V::kFirstRegisters>();
-    make_outputs<V>(p, shared, group - 1, thread);
+    if constexpr (!V::kBoth)
+      make_outputs<V, Role::kSingle>(p, shared, group - 1);
+    else if (group == 1)
+      make_outputs<V, Role::kGradientOfV>(p, shared, 0);
+    else
+      make_outputs<V, Role::kGradientOfK>(p, shared, 1);
   } else {
     set_registers<V::kFetchRegisters, V::kFirstRegisters>();
     if (thread == 0)

@@ -245,8 +245,9 @@ __device__ void keep_state(const PassParams& p, SharedStorage<V>& shared) {
     } else if (chunk.first) {
       me.zero();
     }
+    if constexpr (V::kLengths) shared.measured[stage].wait(parity(step, V::kStages));
     me.advance(Stage<V>(shared, stage), shared.notes[stage]);
-    arrive_as_warp(shared.advanced[stage]);
+    if (chunk.kind == Kind::kOutput) arrive_as_warp(shared.advanced[stage]);
     if (chunk.kind == Kind::kOutput && chunk.last && chunk.ends) me.store_final(chunk);
     arrive_as_warp(shared.empty[stage]);
   }

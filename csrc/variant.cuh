@@ -21,10 +21,10 @@ struct Variant {
   static constexpr bool kThrough = kNorm == Norm::kValues || (kBoth && kLengths);  // a gradient through unit length
   static constexpr int kThreads = 4 * kWarpgroup;
   // Registers of a thread, of the 512 that four warpgroups share: what the compiler needs without spilling.
-  static constexpr bool kSmall = kD * kE <= 64 * 64, kDeep = kD > 128, kTwice = kBoth && kLengths;
+  static constexpr bool kSmall = kD * kE <= 64 * 64, kDeep = kD > 128;
   static constexpr int kFirstRegisters = 128;
-  static constexpr int kFetchRegisters = kSmall ? 72 : kDeep ? 48 : 56;
-  static constexpr int kStateRegisters = kSmall ? 152 : kDeep ? 192 : kTwice ? 200 : 208;
+  static constexpr int kFetchRegisters = kSmall ? 72 : 48;
+  static constexpr int kStateRegisters = kSmall ? 152 : kDeep ? 192 : 208;
   static constexpr int kOutputRegisters = (512 - kFetchRegisters - kStateRegisters) / 16 * 8;
   static constexpr int kQPanels = kD / kPanel, kVPanels = kE / kPanel;  // q and k; v and x
   static constexpr bool kFourth = kBoth || kThrough;                    // tiles of x
@@ -44,20 +44,27 @@ enum class Kind : int {
   kEnd,
 };
 
-// What `fetch` says of the chunk in a stage.
-struct alignas(16) Chunk {
-  Kind kind;
-  int token, n;      // the first one in its row, and how many
-  int first, last;   // whether it is the first, the last of its segment, in the order of the pass
+// What `fetch` says of all chunks of a segment.
+struct alignas(16) Stretch {
   int starts, ends;  // whether the segment is that of its sequence
-  int length;        // of the segment
+  int length;
   int sequence, batch, head, d_tile, e_tile;
   int chain, position;  // of the head and tile, and of the segment in it, in the order of the pass
   int in_turn;          // whether states are handed on along the chain
   float log_lambda;
 };
 
-// What `inspect` finds in a stage, by token of the chunk.
+// And of the one in a stage.
+struct Chunk : Stretch {
+  Kind kind;
+  int token, n;     // the first one in its row, and how many
+  int first, last;  // whether it is the first, the last of its segment, in the order of the pass
+
+  // Whether rows of the tiles belong to another sequence.
+  __device__ bool cut_off(const PassParams& p) const { return n < kChunk && p.table != nullptr; }
+};
+
+// What there is to know of a stage, by token of the chunk: `inspect` finds it, lengths the outputs.
 template <class V>
 struct Notes {
   float log_lambda;  // of which the weights are, for chunks of n tokens
@@ -79,11 +86,13 @@ struct alignas(1024) SharedStorage {
   uint8_t stages[V::kStages][V::kStageBytes];
   uint8_t states[V::kStates][V::kStateBytes];  // transposed: kE rows in panels of 64 of the kD columns
   Chunk chunks[V::kStages];
+  Stretch next;  // of `fetch`, which has no registers for it
   Notes<V> notes[V::kStages];
-  // A stage is full when its tiles have come, ready when they are inspected, empty when all are done with it. Before
-  // that the state has advanced, scores are made and vectors through which a gradient goes are read.
-  Barrier full[V::kStages], ready[V::kStages], advanced[V::kStages], scored[V::kStages], through[V::kStages],
-      empty[V::kStages];
+  // A stage is full when its tiles have come, ready when they are inspected, measured when lengths are known, empty
+  // when all are done with it. Before that, of outputs alone: the state has advanced, scores are made and vectors
+  // through which a gradient goes are read.
+  Barrier full[V::kStages], ready[V::kStages], measured[V::kStages], empty[V::kStages];
+  Barrier advanced[V::kStages], scored[V::kStages], through[V::kStages];
   Barrier state_full[V::kStates], state_empty[V::kStates];
 };
 
