@@ -1,4 +1,4 @@
-// Lengths of the vectors of a tile, from the diagonal of its product with itself.
+// Lengths of the vectors of a tile.
 #pragma once
 
 #include <math_constants.h>
@@ -58,17 +58,29 @@ __device__ inline Length length_of(float square, uint8_t* tile, int panels, int 
   return {unit, unit, false};
 }
 
-// Squares of the lengths of rows 16 w + lane / 4 and 8 more of a tile, for lanes of warp w: the diagonal of tile tileᵀ,
-// whose values lie as in `wgmma.cuh`. Four lanes have the same rows, one of them has the value.
-__device__ inline float2 diagonal(const float (&products)[32], int warp, int lane) {
-  float found[2][2] = {};
+// Calls use(row, length) for each row of a tile, in one of the two threads of a warpgroup that share it: that of even
+// number, in the warp whose rows of products they are.
+template <class Element, int kPanels, class Use>
+__device__ inline void measure(uint8_t* tile, int thread, Use use) {
+  constexpr int kHalf = kPanels == 1 ? 4 : 8;  // pieces of a panel for one thread
+  const int row = thread / 2, half = thread % 2;
+  float sums[4] = {};
 #pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    if (w != warp) continue;
-    found[0][0] = products[8 * w], found[0][1] = products[8 * w + 1];
-    found[1][0] = products[8 * w + 6], found[1][1] = products[8 * w + 7];
+  for (int panel = 0; panel < (kPanels + 1) / 2; ++panel) {
+    // The two threads read from different panels, and so that neighbours are on other banks; or halves of the only one.
+    const uint32_t base =
+        shared_address(tile) + (kPanels == 1 ? 0 : panel * 2 + half) * kPanelBytes + piece_offset(row, half * 4);
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const uint4 x = load_piece(base ^ i << 4);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const float2 pair = unpack<Element>((&x.x)[w]);
+        sums[w] = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, sums[w]));
+      }
+    }
   }
-  const int odd = lane / 4 % 2, from = lane / 4 * 4 + lane / 8;
-  return make_float2(__shfl_sync(~0u, odd ? found[0][1] : found[0][0], from),
-                     __shfl_sync(~0u, odd ? found[1][1] : found[1][0], from));
+  float square = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  square += __shfl_xor_sync(~0u, square, 1);
+  if (half == 0) use(row, length_of<Element>(square, tile, kPanels, row));
 }

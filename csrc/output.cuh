@@ -61,19 +61,10 @@ struct OutputMaker {
   const PassParams& p;
   SharedStorage<V>& shared;
   const int group;
-  int held = -1;   // stage that this warp has not left yet, since the copy engine reads from it
   int phases = 0;  // a bit for each stage: parity of the barriers that only chunks with outputs pass
 
   __device__ OutputMaker(const PassParams& p, SharedStorage<V>& shared, int group)
       : p(p), shared(shared), group(group) {}
-
-  // Leaves the stage whose tile the last output was stored from.
-  __device__ void release() {
-    if (held < 0) return;
-    if (Lane().thread == 0) wait_for_stores();
-    arrive_as_warp(shared.empty[held]);
-    held = -1;
-  }
 
   // left rightᵀ of two tiles.
   template <int kPanels>
@@ -92,27 +83,17 @@ struct OutputMaker {
   }
 
   // Measures vectors, for all roles; returns whether one of the scores' columns is not finite.
-  __device__ bool measure(const Of& of, Notes<V>& notes, int stage, bool columns, bool rows) {
+  __device__ bool measure_all(const Of& of, Notes<V>& notes, int stage, bool columns, bool rows) {
     const Lane at;
-    float products[32];
     bool nonfinite = false;
-    const auto each = [&](uint8_t* tile, auto use) {
-      start_product<Of::kMeasured>(products, tile, tile);
-      release();
-      wgmma_wait<0>();
-      wgmma_hold(products);
-      const float2 squares = diagonal(products, at.thread / 32, at.lane);
-      const int one = at.row + at.lane % 4 * 8;
-      if (at.lane % 4 < 2) use(one, length_of<Element>(at.lane % 4 ? squares.y : squares.x, tile, Of::kMeasured, one));
-    };
     if (columns)
-      each(of.of_columns, [&](int i, Length x) {
+      measure<Element, Of::kMeasured>(of.of_columns, at.thread, [&](int i, Length x) {
         notes.columns[i] = x.unit;
         notes.scaled[i] = x.unit * notes.writing[i];
         nonfinite = isnan(x.unit);
       });
     if (rows)
-      each(of.of_rows, [&](int i, Length x) {
+      measure<Element, Of::kMeasured>(of.of_rows, at.thread, [&](int i, Length x) {
         notes.rows[i] = x.unit;
         if constexpr (V::kThrough) notes.inverse[i] = x.inverse, notes.along[i] = x.constant ? 0.f : x.unit * x.unit;
       });
@@ -142,18 +123,22 @@ struct OutputMaker {
   // Scores times λ^|i-j| and lengths, as left operand; chosen, not multiplied where masked: 0 · NaN is NaN.
   __device__ void mask(uint32_t (&left)[4][4], const float (&scores)[32], const Notes<V>& notes) {
     const Lane at;
-    float lengths[2] = {1.f, 1.f};
-    if constexpr (Of::kRowLengths) lengths[0] = notes.rows[at.row], lengths[1] = notes.rows[at.row + 8];
+    float rows[2] = {1.f, 1.f};
+    if constexpr (Of::kRowLengths) rows[0] = notes.rows[at.row], rows[1] = notes.rows[at.row + 8];
 #pragma unroll
-    for (int x = 0; x < 32; x += 2) {
-      const int i = at.row + x / 2 % 2 * 8, j = x / 4 * 8 + at.pair;
-      const float* weight = &notes.weights[kChunk + i - j];
-      float a = scores[x] * weight[0], b = scores[x + 1] * weight[-1];
-      if constexpr (Of::kRowLengths) a *= lengths[x / 2 % 2], b *= lengths[x / 2 % 2];
-      if constexpr (Of::kColumnLengths) a *= notes.columns[j], b *= notes.columns[j + 1];
-      if (weight[0] < 0.f) a = 0.f;
-      if (weight[-1] < 0.f) b = 0.f;
-      left[x / 8][x / 2 % 4] = pack<Element>(a, b);
+    for (int n = 0; n < 8; ++n) {
+      float2 columns = make_float2(1.f, 1.f);
+      if constexpr (Of::kColumnLengths) columns = load_pair(shared_address(&notes.columns[n * 8 + at.pair]));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* weight = &notes.weights[kChunk + at.row + half * 8 - n * 8 - at.pair];
+        float a = scores[n * 4 + half * 2], b = scores[n * 4 + half * 2 + 1];
+        if constexpr (Of::kColumnLengths) a *= columns.x, b *= columns.y;
+        if constexpr (Of::kRowLengths) a *= rows[half], b *= rows[half];
+        a = weight[0] < 0.f ? 0.f : a * weight[0];
+        b = weight[-1] < 0.f ? 0.f : b * weight[-1];
+        left[n / 2][n % 2 * 2 + half] = pack<Element>(a, b);
+      }
     }
   }
 
@@ -239,11 +224,10 @@ struct OutputMaker {
     }
   }
 
-  // To global memory, by way of the left tile, which nobody else reads any more. The copy engine does it, but for
-  // chunks that end with their sequence amid others.
-  __device__ void store(const float (&o)[kColumns / 2], const Chunk& chunk, uint8_t* staging) {
+  // To the left tile, which nobody else reads any more, and from where `store` copies it to global memory.
+  __device__ void put_down(const float (&o)[kColumns / 2], uint8_t* tile) {
     const Lane at;
-    const uint32_t base = shared_address(staging);
+    const uint32_t base = shared_address(tile);
 #pragma unroll
     for (int x = 0; x < kColumns / 16; ++x) {
       const float* of = &o[x * 8];
@@ -252,36 +236,22 @@ struct OutputMaker {
           {pack<Element>(of[0], of[1]), pack<Element>(of[2], of[3]), pack<Element>(of[4], of[5]),
            pack<Element>(of[6], of[7])});
     }
-    fence_for_async();  // of the copy that follows, and of the tile that takes the place of this one
-    const int first = Of::kTransposed ? 0 : chunk.e_tile * V::kE;
-    if (chunk.cut_off(p)) {
-      sync_threads(2 + group, kWarpgroup);
-      const int width = Of::kTransposed ? p.d : p.e;
-      Element* out = static_cast<Element*>(Of::kTransposed ? p.out_of_k : p.out) +
-                     ((int64_t(chunk.batch) * p.heads + chunk.head) * p.tokens + chunk.token) * width + first;
-#pragma unroll 1
-      for (int x = at.thread; x < chunk.n * (kColumns / 8); x += kWarpgroup) {
-        const int i = x / (kColumns / 8), piece = x % (kColumns / 8);
-        if (first + piece * 8 < width)
-          *reinterpret_cast<uint4*>(out + int64_t(i) * width + piece * 8) =
-              load_piece(base + piece / 8 * kPanelBytes + piece_offset(i, piece % 8));
-      }
-      return;
-    }
+  }
+
+  // To global memory, of a chunk that ends with its sequence amid others: the copy engine would go on.
+  __device__ void store_rows(const Chunk& chunk, const uint8_t* tile) {
+    const Lane at;
+    const int first = Of::kTransposed ? 0 : chunk.e_tile * V::kE, width = Of::kTransposed ? p.d : p.e;
+    Element* out = static_cast<Element*>(Of::kTransposed ? p.out_of_k : p.out) +
+                   ((int64_t(chunk.batch) * p.heads + chunk.head) * p.tokens + chunk.token) * width + first;
     sync_threads(2 + group, kWarpgroup);
-    if (at.thread != 0) return;
-    const TiledTensor& to = Of::kTransposed ? p.out_of_k_tiles : p.out_tiles;
-    const Keep hint = chunk.in_turn ? Keep::kShort : Keep::kNormal;
-    const int batch = chunk.batch * to.batch;
-    if (kColumns == kPanel || to.at_once) {
-      store_box(to.map, staging, hint, to.corner(first / kPanel, chunk.token, chunk.head, batch));
-    } else {
 #pragma unroll 1
-      for (int i = 0; i < kColumns / kPanel; ++i)
-        store_box(to.map, staging + i * kPanelBytes, hint,
-                  to.corner(first / kPanel + i, chunk.token, chunk.head, batch));
+    for (int x = at.thread; x < chunk.n * (kColumns / 8); x += kWarpgroup) {
+      const int i = x / (kColumns / 8), piece = x % (kColumns / 8);
+      if (first + piece * 8 < width)
+        *reinterpret_cast<uint4*>(out + int64_t(i) * width + piece * 8) =
+            load_piece(shared_address(tile) + piece / 8 * kPanelBytes + piece_offset(i, piece % 8));
     }
-    commit_stores();
   }
 
   // The part of one tile of d, in float32.
@@ -307,11 +277,10 @@ struct OutputMaker {
     bool nonfinite = false;
     if (V::kLengths || chunk.cut_off(p)) shared.ready[stage].wait(parity(step, V::kStages));
     if constexpr (V::kLengths) {
-      nonfinite = measure(of, notes, stage, Of::kMeasuresColumns, Of::kMeasuresRows);
+      nonfinite = measure_all(of, notes, stage, Of::kMeasuresColumns, Of::kMeasuresRows);
       if constexpr (V::kBoth) shared.measured[stage].wait(parity(step, V::kStages));
     }
     start_product<Of::kInner / kPanel>(scores, of.left, of.right);
-    release();
     shared.ready[stage].wait(parity(step, V::kStages));
     if constexpr (!Of::kMeasuresValues) nonfinite = notes.nonfinite[kRole == Role::kGradientOfK];
     wgmma_wait<0>();
@@ -333,30 +302,26 @@ struct OutputMaker {
     wgmma_hold(masked);
     if (nonfinite) spoil(o, notes);
     if constexpr (Of::kThrough) through_unit_length(o, of.through, notes);
-    wait_for_others(stage);
-    if (kRole == Role::kSingle && p.partial != nullptr)
-      store_part(o, chunk);
-    else
-      store(o, chunk, of.left);
-  }
-
-  // Until nobody else reads the tiles that this output takes values out of or is staged in. Seldom is there anything to
-  // wait for.
-  __device__ void wait_for_others(int stage) {
-    const int phase = phases >> stage & 1;
-    shared.advanced[stage].wait(phase);
-    if constexpr (V::kBoth) {
-      shared.scored[stage].wait(phase);
-      if constexpr (Of::kThrough) arrive_as_warp(shared.through[stage]);
-      if constexpr (V::kThrough && !Of::kThrough) shared.through[stage].wait(phase);
+    if constexpr (V::kBoth && V::kThrough) {  // one reads the tile that the other puts its output down in
+      if constexpr (Of::kThrough)
+        arrive_as_warp(shared.through[stage]);
+      else
+        shared.through[stage].wait(phases >> stage & 1);
     }
+    if (kRole == Role::kSingle && p.partial != nullptr) {
+      store_part(o, chunk);
+    } else {
+      put_down(o, of.left);
+      if (chunk.cut_off(p)) store_rows(chunk, of.left);
+    }
+    arrive_as_warp(shared.put_down[stage]);
   }
 
   // A chunk that only the state advances by: measured for it.
-  __device__ void measure_alone(const Chunk& chunk, int stage, int step) {
+  __device__ void measure_alone(int stage, int step) {
     const Of of(Stage<V>(shared, stage));
     shared.ready[stage].wait(parity(step, V::kStages));
-    measure(of, shared.notes[stage], stage, Of::kMeasuresColumns, false);
+    measure_all(of, shared.notes[stage], stage, Of::kMeasuresColumns, false);
   }
 };
 
@@ -367,22 +332,16 @@ __device__ void make_outputs(const PassParams& p, SharedStorage<V>& shared, int 
   int outputs = 0;
   for (int step = 0;; ++step) {
     const int stage = step % V::kStages;
-    if (!shared.full[stage].passed(parity(step, V::kStages))) me.release();
     shared.full[stage].wait(parity(step, V::kStages));
     const Chunk& chunk = shared.chunks[stage];
-    const bool output = chunk.kind == Kind::kOutput, mine = output && (V::kBoth || outputs % 2 == group);
-    if (!mine) me.release();
     if (chunk.kind == Kind::kEnd) return;
-    if (mine) {
+    const bool output = chunk.kind == Kind::kOutput;
+    if (output && (V::kBoth || outputs % 2 == group))
       me.make(chunk, stage, step, outputs);
-    } else if constexpr (V::kLengths) {
-      if (!output && (V::kBoth || step % 2 == group)) me.measure_alone(chunk, stage, step);
-    }
+    else if (V::kLengths && !output && (V::kBoth || step % 2 == group))
+      me.measure_alone(stage, step);
     outputs += output;
     me.phases ^= output << stage;
-    if (mine && Lane().thread < 32)
-      me.held = stage;
-    else
-      arrive_as_warp(shared.empty[stage]);
+    arrive_as_warp(shared.empty[stage]);
   }
 }

@@ -2,7 +2,8 @@
 //
 // A block walks through segments of heads, chunk by chunk, and its warpgroups share the work:
 //   fetch    copies the tiles of a chunk; only it knows the order, the others do what it says of each chunk
-//   inspect  (three other warps) prepares the weights of tokens and looks for values that are not finite
+//   store    copies outputs to global memory
+//   inspect  (two warps) prepares the weights of tokens and looks for values that are not finite
 //   state    keeps the state, transposed (E × D), in registers and shows it to the outputs before each chunk
 //   output   two of them: lengths, scores, masked, times values, plus what is read from the state; they take turns, or
 //            one makes the gradients of v and the other those of k
@@ -15,6 +16,7 @@
 #include "inspect.cuh"
 #include "output.cuh"
 #include "state.cuh"
+#include "store.cuh"
 
 template <class V>
 __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_constant__ PassParams p) {
@@ -29,7 +31,8 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
       shared.advanced[stage].init(kWarps);
       shared.scored[stage].init(2 * kWarps);
       shared.through[stage].init(kWarps);
-      shared.empty[stage].init(3 * kWarps);
+      shared.put_down[stage].init(V::kBoth ? 2 * kWarps : kWarps);
+      shared.empty[stage].init(3 * kWarps + 1);
       shared.notes[stage].n = -1;
     }
     for (int buffer = 0; buffer < V::kStates; ++buffer) {
@@ -56,6 +59,8 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
     set_registers<V::kFetchRegisters, V::kFirstRegisters>();
     if (thread == 0)
       fetch<V>(p, shared);
+    else if (thread == 32)
+      store_outputs<V>(p, shared);
     else if (thread >= kWarpgroup - kInspecting)
       inspect<V>(p, shared, thread - (kWarpgroup - kInspecting));
   }

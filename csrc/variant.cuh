@@ -8,7 +8,7 @@
 
 constexpr int kChunk = 64;       // tokens
 constexpr int kWarpgroup = 128;  // threads
-constexpr int kInspecting = 96;  // threads
+constexpr int kInspecting = 64;  // threads
 constexpr int kPanelBytes = kChunk * kPanelRow;
 
 // One compiled kernel. kD, kE: tile of the state; kBoth: makes the gradients of k and v together, else one output.
@@ -92,7 +92,7 @@ struct alignas(1024) SharedStorage {
   // when all are done with it. Before that, of outputs alone: the state has advanced, scores are made and vectors
   // through which a gradient goes are read.
   Barrier full[V::kStages], ready[V::kStages], measured[V::kStages], empty[V::kStages];
-  Barrier advanced[V::kStages], scored[V::kStages], through[V::kStages];
+  Barrier advanced[V::kStages], scored[V::kStages], through[V::kStages], put_down[V::kStages];
   Barrier state_full[V::kStates], state_empty[V::kStates];
 };
 

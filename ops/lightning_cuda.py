@@ -300,8 +300,10 @@ def _segment_length(chains: int, tokens: int, slots: int) -> tuple[int, int]:
         rounds = -(-chains * count // slots)
         return rounds * length if count == 1 else max(rounds * length * CUT, count * HANDING_ON)
 
-    whole = -(-tokens // CHUNK) * CHUNK
-    best = min([whole, *(length for length in (256, 512, 1024, 2048, 4096) if length < whole)], key=walked)
+    def length_of(count: int) -> int:
+        return -(-tokens // (count * CHUNK)) * CHUNK
+
+    best = min(map(length_of, range(1, max(2 * slots // chains, 1) + 1)), key=walked)
     return best, int(walked(best))
 
 

@@ -1,0 +1,54 @@
+// Copies outputs from shared to global memory, and so gives their stages back.
+#pragma once
+
+#include "variant.cuh"
+
+// Whether the outputs of a chunk are stored by the warpgroup that makes them.
+__device__ inline bool stored_elsewhere(const PassParams& p, const Chunk& chunk) {
+  return p.partial != nullptr || chunk.cut_off(p);
+}
+
+template <int kPanels>
+__device__ inline void copy_out(const TiledTensor& to, const uint8_t* tile, const Chunk& chunk, int first_panel) {
+  const Keep hint = chunk.in_turn ? Keep::kShort : Keep::kNormal;
+  const int batch = chunk.batch * to.batch;
+  if (kPanels == 1 || to.at_once) {
+    store_box(to.map, tile, hint, to.corner(first_panel, chunk.token, chunk.head, batch));
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < kPanels; ++i)
+      store_box(to.map, tile + i * kPanelBytes, hint, to.corner(first_panel + i, chunk.token, chunk.head, batch));
+  }
+}
+
+// One thread's work.
+template <class V>
+__device__ void store_outputs(const PassParams& p, SharedStorage<V>& shared) {
+  int phases = 0;  // as in `output.cuh`
+  for (int step = 0;; ++step) {
+    const int stage = step % V::kStages;
+    shared.full[stage].wait(parity(step, V::kStages));
+    const Chunk& chunk = shared.chunks[stage];
+    if (chunk.kind == Kind::kEnd) return;
+    if (chunk.kind == Kind::kOutput) {
+      const Stage<V> tile(shared, stage);
+      const int phase = phases >> stage & 1;
+      shared.advanced[stage].wait(phase);
+      if constexpr (V::kBoth) shared.scored[stage].wait(phase);
+      shared.put_down[stage].wait(phase);
+      fence_for_async();  // after all that was written to the tiles: for the copies from here, and those to come
+      if (!stored_elsewhere(p, chunk)) {
+        if constexpr (V::kBoth) {
+          copy_out<V::kVPanels>(p.out_tiles, tile.k, chunk, 0);
+          copy_out<V::kQPanels>(p.out_of_k_tiles, tile.v, chunk, 0);
+        } else {
+          copy_out<V::kVPanels>(p.out_tiles, tile.q, chunk, chunk.e_tile * V::kVPanels);
+        }
+        commit_stores();
+        wait_for_stores();
+      }
+      phases ^= 1 << stage;
+    }
+    shared.empty[stage].arrive();
+  }
+}
