@@ -71,12 +71,14 @@ __device__ inline void measure(uint8_t* tile, int thread, Use use) {
     const uint32_t base =
         shared_address(tile) + (kPanels == 1 ? 0 : panel * 2 + half) * kPanelBytes + piece_offset(row, half * 4);
 #pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      const uint4 x = load_piece(base ^ i << 4);
+    for (int first = 0; first < kHalf; first += 4) {
+      uint4 x[4];
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const float2 pair = unpack<Element>((&x.x)[w]);
-        sums[w] = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, sums[w]));
+      for (int i = 0; i < 4; ++i) x[i] = load_piece(base ^ (first + i) << 4);
+#pragma unroll
+      for (int w = 0; w < 16; ++w) {
+        const float2 pair = unpack<Element>((&x[w / 4].x)[w % 4]);
+        sums[w % 4] = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, sums[w % 4]));
       }
     }
   }

@@ -49,6 +49,10 @@ struct Lane {
     row = thread / 32 * 16 + lane / 4;
     pair = 2 * (lane % 4);
   }
+  // Where this lane's row of the blocks lies that a warp loads or stores together, 16 rows of 16 columns of a panel.
+  __device__ int block(int of_panel) const {
+    return piece_offset(row - lane / 4 + lane % 16, of_panel * 2 + lane / 16);
+  }
 };
 
 // What an output warpgroup does.
@@ -83,19 +87,20 @@ struct OutputMaker {
   }
 
   // Measures vectors, for all roles; returns whether one of the scores' columns is not finite.
-  __device__ bool measure_all(const Of& of, Notes<V>& notes, int stage, bool columns, bool rows) {
+  __device__ bool measure_all(const Of& of, Notes<V>& notes, int stage, int step, bool columns, bool rows) {
     const Lane at;
     bool nonfinite = false;
-    if (columns)
-      measure<Element, Of::kMeasured>(of.of_columns, at.thread, [&](int i, Length x) {
-        notes.columns[i] = x.unit;
-        notes.scaled[i] = x.unit * notes.writing[i];
-        nonfinite = isnan(x.unit);
-      });
     if (rows)
       measure<Element, Of::kMeasured>(of.of_rows, at.thread, [&](int i, Length x) {
         notes.rows[i] = x.unit;
         if constexpr (V::kThrough) notes.inverse[i] = x.inverse, notes.along[i] = x.constant ? 0.f : x.unit * x.unit;
+      });
+    if (columns)
+      measure<Element, Of::kMeasured>(of.of_columns, at.thread, [&](int i, Length x) {
+        shared.ready[stage].wait(parity(step, V::kStages));  // for what tokens weigh in the state
+        notes.columns[i] = x.unit;
+        notes.scaled[i] = x.unit * notes.writing[i];
+        nonfinite = isnan(x.unit);
       });
     nonfinite = any_thread(2 + group, kWarpgroup, nonfinite);
     arrive_as_warp(shared.measured[stage]);
@@ -128,7 +133,7 @@ struct OutputMaker {
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       float2 columns = make_float2(1.f, 1.f);
-      if constexpr (Of::kColumnLengths) columns = load_pair(shared_address(&notes.columns[n * 8 + at.pair]));
+      if constexpr (Of::kColumnLengths) columns = *reinterpret_cast<const float2*>(&notes.columns[n * 8 + at.pair]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float* weight = &notes.weights[kChunk + at.row + half * 8 - n * 8 - at.pair];
@@ -199,16 +204,19 @@ struct OutputMaker {
   // The gradient of u = x / |x| to that of x: (du - (du·u) u) / |x|, equation (4).
   __device__ void through_unit_length(float (&o)[kColumns / 2], const uint8_t* vectors, const Notes<V>& notes) {
     const Lane at;
-    const uint32_t base = shared_address(vectors) + at.pair * 2;
-    const auto vector = [&](int x) {
-      return unpack<Element>(load_word(base + x / 32 * kPanelBytes + piece_offset(at.row + x / 2 % 2 * 8, x / 4 % 8)));
-    };
+    const uint32_t base = shared_address(vectors);
     float along[2] = {};
+    // Calls use(i, n, x) for each pair of o, from n on, in row i of the two, and the pair of the vectors there.
+    const auto each = [&](auto use) {
 #pragma unroll
-    for (int x = 0; x < kColumns / 2; x += 2) {
-      const float2 v = vector(x);
-      along[x / 2 % 2] += o[x] * v.x + o[x + 1] * v.y;
-    }
+      for (int n = 0; n < kColumns / 2; n += 8) {
+        uint32_t x[4];
+        load_blocks<false>(x, base + n / 32 * kPanelBytes + at.block(n / 8 % 4));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) use(i % 2, n + i * 2, unpack<Element>(x[i]));
+      }
+    };
+    each([&](int i, int n, float2 x) { along[i] += o[n] * x.x + o[n + 1] * x.y; });
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       along[half] += __shfl_xor_sync(~0u, along[half], 1);
@@ -216,12 +224,10 @@ struct OutputMaker {
       along[half] *= notes.along[at.row + half * 8];
     }
     const float inverse[2] = {notes.inverse[at.row], notes.inverse[at.row + 8]};
-#pragma unroll
-    for (int x = 0; x < kColumns / 2; x += 2) {
-      const float2 v = vector(x);
-      o[x] = (o[x] - along[x / 2 % 2] * v.x) * inverse[x / 2 % 2];
-      o[x + 1] = (o[x + 1] - along[x / 2 % 2] * v.y) * inverse[x / 2 % 2];
-    }
+    each([&](int i, int n, float2 x) {
+      o[n] = (o[n] - along[i] * x.x) * inverse[i];
+      o[n + 1] = (o[n + 1] - along[i] * x.y) * inverse[i];
+    });
   }
 
   // To the left tile, which nobody else reads any more, and from where `store` copies it to global memory.
@@ -231,10 +237,9 @@ struct OutputMaker {
 #pragma unroll
     for (int x = 0; x < kColumns / 16; ++x) {
       const float* of = &o[x * 8];
-      store_blocks(
-          base + x / 4 * kPanelBytes + piece_offset(at.row - at.lane / 4 + at.lane % 16, x % 4 * 2 + at.lane / 16),
-          {pack<Element>(of[0], of[1]), pack<Element>(of[2], of[3]), pack<Element>(of[4], of[5]),
-           pack<Element>(of[6], of[7])});
+      store_blocks(base + x / 4 * kPanelBytes + at.block(x % 4),
+                   {pack<Element>(of[0], of[1]), pack<Element>(of[2], of[3]), pack<Element>(of[4], of[5]),
+                    pack<Element>(of[6], of[7])});
     }
   }
 
@@ -275,20 +280,20 @@ struct OutputMaker {
     float scores[32], o[kColumns / 2];
     uint32_t masked[4][4];
     bool nonfinite = false;
-    if (V::kLengths || chunk.cut_off(p)) shared.ready[stage].wait(parity(step, V::kStages));
+    if (chunk.cut_off(p)) shared.ready[stage].wait(parity(step, V::kStages));
     if constexpr (V::kLengths) {
-      nonfinite = measure_all(of, notes, stage, Of::kMeasuresColumns, Of::kMeasuresRows);
+      nonfinite = measure_all(of, notes, stage, step, Of::kMeasuresColumns, Of::kMeasuresRows);
       if constexpr (V::kBoth) shared.measured[stage].wait(parity(step, V::kStages));
     }
     start_product<Of::kInner / kPanel>(scores, of.left, of.right);
+    shared.state_full[buffer].wait(parity(outputs, V::kStates));
+    start_reading(o, of, shared.states[buffer]);
     shared.ready[stage].wait(parity(step, V::kStages));
     if constexpr (!Of::kMeasuresValues) nonfinite = notes.nonfinite[kRole == Role::kGradientOfK];
-    wgmma_wait<0>();
+    wgmma_wait<1>();
     wgmma_hold(scores);
     if constexpr (V::kBoth) arrive_as_warp(shared.scored[stage]);
     mask(masked, scores, notes);
-    shared.state_full[buffer].wait(parity(outputs, V::kStates));
-    start_reading(o, of, shared.states[buffer]);
     if (nonfinite) take_out(of.values, notes, stage);
     wgmma_wait<0>();
     wgmma_hold(o);
@@ -320,8 +325,8 @@ struct OutputMaker {
   // A chunk that only the state advances by: measured for it.
   __device__ void measure_alone(int stage, int step) {
     const Of of(Stage<V>(shared, stage));
-    shared.ready[stage].wait(parity(step, V::kStages));
-    measure_all(of, shared.notes[stage], stage, Of::kMeasuresColumns, false);
+    if (shared.chunks[stage].cut_off(p)) shared.ready[stage].wait(parity(step, V::kStages));
+    measure_all(of, shared.notes[stage], stage, step, Of::kMeasuresColumns, false);
   }
 };
 

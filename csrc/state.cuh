@@ -228,7 +228,7 @@ __device__ void keep_state(const PassParams& p, SharedStorage<V>& shared) {
   };
   for (int step = 0;; ++step) {
     const int stage = step % V::kStages;
-    shared.ready[stage].wait(parity(step, V::kStages));
+    shared.full[stage].wait(parity(step, V::kStages));
     const Chunk& chunk = shared.chunks[stage];
     if (chunk.kind == Kind::kEnd) return;
     if (chunk.kind == Kind::kOutput) {
@@ -245,6 +245,7 @@ __device__ void keep_state(const PassParams& p, SharedStorage<V>& shared) {
     } else if (chunk.first) {
       me.zero();
     }
+    shared.ready[stage].wait(parity(step, V::kStages));
     if constexpr (V::kLengths) shared.measured[stage].wait(parity(step, V::kStages));
     me.advance(Stage<V>(shared, stage), shared.notes[stage]);
     if (chunk.kind == Kind::kOutput) arrive_as_warp(shared.advanced[stage]);

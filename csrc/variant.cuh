@@ -73,8 +73,9 @@ struct Notes {
   alignas(8) float weights[2 * kChunk];  // λ^|i-j| at i - j + kChunk, or -1 where masked
   float writing[kChunk];                 // what token j weighs in the state
   float reading[kChunk];                 // what token i reads the state with
-  float columns[V::kLengths ? kChunk : 1], rows[V::kLengths ? kChunk : 1];  // 1 / |x| of what scores are made of
-  float scaled[V::kLengths ? kChunk : 1];                                   // writing, times columns
+  alignas(8) float columns[V::kLengths ? kChunk : 1];
+  float rows[V::kLengths ? kChunk : 1];    // 1 / |x| of what scores are made of
+  float scaled[V::kLengths ? kChunk : 1];  // writing, times columns
   // To take a gradient through unit length: 1 / |x|, and 1 / |x|² or 0 for vectors divided by a constant.
   float inverse[V::kThrough ? kChunk : 1], along[V::kThrough ? kChunk : 1];
   int nonfinite[2];  // whether the values of each output hold something that is not finite
