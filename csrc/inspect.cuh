@@ -1,5 +1,5 @@
-// Looks at each chunk while its scores are made: weights of its tokens, values that are not finite, and rows of other
-// sequences.
+// Makes what outputs and state need to know of a chunk: weights of its tokens, and whether some values are not finite;
+// clears rows of other sequences.
 #pragma once
 
 #include "decay.cuh"
@@ -9,7 +9,7 @@
 template <class V>
 struct Inspector {
   using Element = typename V::Element;
-  static constexpr int kAtOnce = 4;  // loads that wait together
+  static constexpr int kAtOnce = 8;  // loads that wait together
   const PassParams& p;
   SharedStorage<V>& shared;
   const int thread;
@@ -35,40 +35,35 @@ struct Inspector {
       if (x / 8 % kChunk >= n) store_piece(shared_address(tile) + x * 16, make_uint4(0, 0, 0, 0));
   }
 
-  __device__ bool nonfinite_in(const uint8_t* tile, int panels) {
-    const uint32_t base = shared_address(tile);
-    const int pieces = panels * kChunk * 8;
-    bool found = false;
-#pragma unroll 1
-    for (int first = thread; first < pieces; first += kAtOnce * kInspecting) {
-      uint4 x[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) x[i] = load_piece(base + min(first + i * kInspecting, pieces - 1) * 16);
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) found |= nonfinite_among<Element>(x[i]);
-    }
-    return found;
-  }
-
-  __device__ void inspect(const Chunk& chunk, const Stage<V>& tile, Notes<V>& notes) {
+  __device__ void prepare(const Chunk& chunk, const Stage<V>& tile, Notes<V>& notes) {
     if (notes.n != chunk.n || __float_as_int(notes.log_lambda) != __float_as_int(chunk.log_lambda)) weigh(chunk, notes);
-    const bool cut_off = chunk.cut_off(p);
-    if (cut_off) {
+    if (chunk.cut_off(p)) {
       clear_rows(tile.a(), V::kVPanels, chunk.n);
       clear_rows(tile.b(), V::kQPanels, chunk.n);
+      fence_for_async();
       sync_threads(1, kInspecting);
     }
-    if (chunk.kind == Kind::kOutput) {
-      // The values of the first output are a, with kBoth those of the second are b. Some are measured, and so looked
-      // at.
-      bool first = false, second = false;
-      if constexpr (V::kNorm != Norm::kValues) first = nonfinite_in(tile.a(), V::kVPanels);
-      if constexpr (V::kBoth && !V::kLengths) second = nonfinite_in(tile.b(), V::kQPanels);
-      if constexpr (V::kNorm != Norm::kValues) first = any_thread(1, kInspecting, first);
-      if constexpr (V::kBoth && !V::kLengths) second = any_thread(1, kInspecting, second);
-      if (thread == 0) notes.nonfinite[0] = first, notes.nonfinite[1] = second;
+  }
+
+  // Whether a value of b is not finite: the values of the second output. Those of the first pass through the state's
+  // hands, and vectors are measured.
+  __device__ void look(const uint8_t* b, Notes<V>& notes) {
+    const uint32_t base = shared_address(b) + thread * 16;
+    NonfiniteSearch<Element> search[kAtOnce];
+#pragma unroll 1
+    for (int first = 0; first < V::kQPanels * kPanelBytes; first += kAtOnce * kInspecting * 16) {
+      uint4 x[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) x[i] = load_piece(base + first + i * kInspecting * 16);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        for (const uint32_t word : {x[i].x, x[i].y, x[i].z, x[i].w}) search[i].add(word);
     }
-    if (cut_off) fence_for_async();
+    bool found = false;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) found |= search[i].found();
+    found = __any_sync(~0u, found);
+    if (thread % 32 == 0) notes.nonfinite_b[thread / 32] = found;
   }
 };
 
@@ -79,9 +74,15 @@ __device__ void inspect(const PassParams& p, SharedStorage<V>& shared, int threa
     const int stage = step % V::kStages;
     shared.full[stage].wait(parity(step, V::kStages));
     const Chunk& chunk = shared.chunks[stage];
-    const bool end = chunk.kind == Kind::kEnd;
-    if (!end) me.inspect(chunk, Stage<V>(shared, stage), shared.notes[stage]);
-    shared.ready[stage].arrive();
-    if (end) return;
+    if (chunk.kind == Kind::kEnd) return;
+    const Stage<V> tile(shared, stage);
+    Notes<V>& notes = shared.notes[stage];
+    me.prepare(chunk, tile, notes);
+    arrive_as_warp(shared.ready[stage]);
+    if constexpr (V::kLooksAtB) {
+      if (chunk.kind != Kind::kOutput) continue;
+      me.look(tile.b(), notes);
+      arrive_as_warp(shared.looked[stage]);
+    }
   }
 }

@@ -23,6 +23,13 @@ struct Operands {
   static constexpr bool kMeasuresRows = V::kLengths && !kTransposed;
   static constexpr bool kMeasuresValues = kMeasuresColumns && (kTransposed || V::kNorm == Norm::kValues);
   static constexpr int kMeasured = (V::kNorm == Norm::kValues ? V::kE : V::kD) / kPanel;  // panels
+  // What was found in the values that is not finite.
+  __device__ static const auto& found(const Notes<V>& notes) {
+    if constexpr (kTransposed)
+      return notes.nonfinite_b;
+    else
+      return notes.nonfinite_a;
+  }
   uint8_t *left, *right, *values, *through;
   uint8_t *of_columns, *of_rows;
 
@@ -289,16 +296,19 @@ struct OutputMaker {
     shared.state_full[buffer].wait(parity(outputs, V::kStates));
     start_reading(o, of, shared.states[buffer]);
     shared.ready[stage].wait(parity(step, V::kStages));
-    if constexpr (!Of::kMeasuresValues) nonfinite = notes.nonfinite[kRole == Role::kGradientOfK];
     wgmma_wait<1>();
     wgmma_hold(scores);
     if constexpr (V::kBoth) arrive_as_warp(shared.scored[stage]);
     mask(masked, scores, notes);
-    if (nonfinite) take_out(of.values, notes, stage);
     wgmma_wait<0>();
     wgmma_hold(o);
     arrive_as_warp(shared.state_empty[buffer]);
     scale_rows(o, notes);
+    if constexpr (!Of::kMeasuresValues) {
+      shared.looked[stage].wait(phases >> stage & 1);
+      for (const int found : Of::found(notes)) nonfinite |= found != 0;
+    }
+    if (nonfinite) take_out(of.values, notes, stage);
     wgmma_hold(o);
     wgmma_hold(masked);
     start_values(o, masked, of);

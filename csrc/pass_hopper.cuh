@@ -3,7 +3,7 @@
 // A block walks through segments of heads, chunk by chunk, and its warpgroups share the work:
 //   fetch    copies the tiles of a chunk; only it knows the order, the others do what it says of each chunk
 //   store    copies outputs to global memory
-//   inspect  (two warps) prepares the weights of tokens and looks for values that are not finite
+//   inspect  (two warps) prepares the weights of tokens and looks for some values that are not finite
 //   state    keeps the state, transposed (E × D), in registers and shows it to the outputs before each chunk
 //   output   two of them: lengths, scores, masked, times values, plus what is read from the state; they take turns, or
 //            one makes the gradients of v and the other those of k
@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < V::kStages; ++stage) {
       shared.full[stage].init(1);
-      shared.ready[stage].init(kInspecting);
+      shared.ready[stage].init(kInspecting / 32);
+      shared.looked[stage].init(kWarps + (V::kLooksAtB ? kInspecting / 32 : 0));
       shared.measured[stage].init(V::kBoth ? 2 * kWarps : kWarps);
       shared.advanced[stage].init(kWarps);
       shared.scored[stage].init(2 * kWarps);
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
       shared.notes[stage].n = -1;
     }
     for (int buffer = 0; buffer < V::kStates; ++buffer) {
-      shared.state_full[buffer].init(kWarpgroup);
+      shared.state_full[buffer].init(kWarps);
       shared.state_empty[buffer].init(V::kBoth ? 2 * kWarps : kWarps);
     }
     fence_barrier_init();

@@ -176,7 +176,8 @@ struct StateKeeper {
   }
 
   // aᵀ, each token times what it weighs in the state.
-  __device__ void load_left(uint32_t (&left)[4][4], const uint8_t* a, const Notes<V>& notes) {
+  __device__ void load_left(uint32_t (&left)[4][4], const uint8_t* a, const Notes<V>& notes,
+                            NonfiniteSearch<Element>& search) {
     const uint32_t base = address_now(a) + piece_offset(lane() / 16 * 8 + lane() % 8, warp() * 2 + lane() / 8 % 2);
     const uint32_t weights = address_now(V::kLengths ? notes.scaled : notes.writing) + lane() % 4 * 8;
 #pragma unroll
@@ -187,6 +188,7 @@ struct StateKeeper {
         const float2 of = load_pair(weights + x * 64 + i * 16);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+          if constexpr (V::kLooksAtA) search.add(left[x][i + half]);
           const float2 pair = unpack<Element>(left[x][i + half]);
           left[x][i + half] = pack<Element>(pair.x * of.x, pair.y * of.y);
         }
@@ -194,10 +196,19 @@ struct StateKeeper {
     }
   }
 
-  __device__ void advance(const Stage<V>& tile, const Notes<V>& notes) {
+  // Also looks whether a is finite, and says so by the barrier `looked`, if any.
+  __device__ void advance(const Stage<V>& tile, Notes<V>& notes, Barrier* looked) {
     uint32_t left[kRows][4][4];
+    NonfiniteSearch<Element> search;
 #pragma unroll
-    for (int m = 0; m < kRows; ++m) load_left(left[m], tile.a() + m * kPanelBytes, notes);
+    for (int m = 0; m < kRows; ++m) load_left(left[m], tile.a() + m * kPanelBytes, notes, search);
+    if constexpr (V::kLooksAtA) {
+      const bool found = __any_sync(~0u, search.found());
+      if (looked != nullptr && lane() == 0) {
+        notes.nonfinite_a[warp()] = found;
+        looked->arrive();
+      }
+    }
     scale(notes.carried);
 #pragma unroll
     for (int m = 0; m < kRows; ++m) wgmma_hold(s[m]), wgmma_hold(left[m]);
@@ -240,14 +251,15 @@ __device__ void keep_state(const PassParams& p, SharedStorage<V>& shared) {
       }
       me.show(buffer);
       fence_for_async();
-      shared.state_full[buffer].arrive();
+      arrive_as_warp(shared.state_full[buffer]);
       ++outputs;
     } else if (chunk.first) {
       me.zero();
     }
     shared.ready[stage].wait(parity(step, V::kStages));
     if constexpr (V::kLengths) shared.measured[stage].wait(parity(step, V::kStages));
-    me.advance(Stage<V>(shared, stage), shared.notes[stage]);
+    me.advance(Stage<V>(shared, stage), shared.notes[stage],
+               chunk.kind == Kind::kOutput ? &shared.looked[stage] : nullptr);
     if (chunk.kind == Kind::kOutput) arrive_as_warp(shared.advanced[stage]);
     if (chunk.kind == Kind::kOutput && chunk.last && chunk.ends) me.store_final(chunk);
     arrive_as_warp(shared.empty[stage]);

@@ -41,17 +41,20 @@ __device__ inline bool any_nonfinite(uint32_t packed) {
   return (packed & kExponent) == kExponent || (packed >> 16 & kExponent) == kExponent;
 }
 
-// The same of 8 values: what is not finite is NaN when multiplied with zero, and stays so in a sum.
+// The same of all words that were added: what is not finite is NaN when multiplied with zero, and stays so in a sum.
 template <class Element>
-__device__ inline bool nonfinite_among(const uint4& piece) {
+struct NonfiniteSearch {
   using Pair = std::conditional_t<std::is_same_v<Element, __nv_bfloat16>, __nv_bfloat162, __half2>;
-  const uint32_t zeros = 0;
-  const Pair zero = *reinterpret_cast<const Pair*>(&zeros);
-  Pair sum = zero;
-  for (const uint32_t word : {piece.x, piece.y, piece.z, piece.w})
-    sum = __hfma2(*reinterpret_cast<const Pair*>(&word), zero, sum);
-  return any_nonfinite<Element>(*reinterpret_cast<const uint32_t*>(&sum));
-}
+  uint32_t sum = 0;
+
+  __device__ void add(uint32_t packed) {
+    const uint32_t zeros = 0;
+    const Pair next = __hfma2(*reinterpret_cast<const Pair*>(&packed), *reinterpret_cast<const Pair*>(&zeros),
+                              *reinterpret_cast<const Pair*>(&sum));
+    sum = *reinterpret_cast<const uint32_t*>(&next);
+  }
+  __device__ bool found() const { return any_nonfinite<Element>(sum); }
+};
 
 // Four 8 × 8 blocks: lane l names the row l % 8 of block l / 8. With kTranspose rows in memory are columns in
 // registers.

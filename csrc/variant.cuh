@@ -19,6 +19,8 @@ struct Variant {
   static constexpr Norm kNorm = kNorm_;
   static constexpr bool kBoth = kBoth_, kLengths = kNorm != Norm::kNone;
   static constexpr bool kThrough = kNorm == Norm::kValues || (kBoth && kLengths);  // a gradient through unit length
+  // Whether values are looked at for what is not finite: a by the state, b by `inspect`; else they are measured.
+  static constexpr bool kLooksAtA = kNorm != Norm::kValues, kLooksAtB = kBoth && !kLengths;
   static constexpr int kThreads = 4 * kWarpgroup;
   // Registers of a thread, of the 512 that four warpgroups share: what the compiler needs without spilling.
   static constexpr bool kSmall = kD * kE <= 64 * 64, kDeep = kD > 128;
@@ -78,7 +80,8 @@ struct Notes {
   float scaled[V::kLengths ? kChunk : 1];  // writing, times columns
   // To take a gradient through unit length: 1 / |x|, and 1 / |x|² or 0 for vectors divided by a constant.
   float inverse[V::kThrough ? kChunk : 1], along[V::kThrough ? kChunk : 1];
-  int nonfinite[2];  // whether the values of each output hold something that is not finite
+  // Whether a warp found something that is not finite in a, the values of the first output, or b, those of the second.
+  int nonfinite_a[kWarpgroup / 32], nonfinite_b[kInspecting / 32];
   unsigned long long bad[2][V::kD < V::kE ? V::kE : V::kD];  // which tokens, for each column; else undefined
 };
 
@@ -93,7 +96,7 @@ struct alignas(1024) SharedStorage {
   // when all are done with it. Before that, of outputs alone: the state has advanced, scores are made and vectors
   // through which a gradient goes are read.
   Barrier full[V::kStages], ready[V::kStages], measured[V::kStages], empty[V::kStages];
-  Barrier advanced[V::kStages], scored[V::kStages], through[V::kStages], put_down[V::kStages];
+  Barrier looked[V::kStages], advanced[V::kStages], scored[V::kStages], through[V::kStages], put_down[V::kStages];
   Barrier state_full[V::kStates], state_empty[V::kStates];
 };
 
