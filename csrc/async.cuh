@@ -39,6 +39,14 @@ struct Barrier {
         "r"(parity)
         : "memory");
   }
+  __device__ bool passed(int parity) {
+    int done;
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(shared_address(this)), "r"(parity)
+                 : "memory");
+    return done;
+  }
 };
 
 // Makes initialised barriers visible to the copy engine.

@@ -107,7 +107,8 @@ template <class V>
 __device__ void fetch(const PassParams& p, SharedStorage<V>& shared) {
   Fetcher<V> fetcher{p, shared};
   Work work;
-  for (int piece = next_piece(p, -1); find_piece(p, shared.next, piece, work); piece = next_piece(p, piece))
+  for (shared.piece = next_piece(p, -1); find_piece(p, shared.next, shared.piece, work);
+       shared.piece = next_piece(p, shared.piece))
     fetcher.segment(work);
   const int stage = fetcher.claim();
   shared.chunks[stage].kind = Kind::kEnd;

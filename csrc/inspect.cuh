@@ -74,7 +74,10 @@ __device__ void inspect(const PassParams& p, SharedStorage<V>& shared, int threa
     const int stage = step % V::kStages;
     shared.full[stage].wait(parity(step, V::kStages));
     const Chunk& chunk = shared.chunks[stage];
-    if (chunk.kind == Kind::kEnd) return;
+    if (chunk.kind == Kind::kEnd) {
+      arrive_as_warp(shared.ready[stage]);
+      return;
+    }
     const Stage<V> tile(shared, stage);
     Notes<V>& notes = shared.notes[stage];
     me.prepare(chunk, tile, notes);

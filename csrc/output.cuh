@@ -94,7 +94,7 @@ struct OutputMaker {
   }
 
   // Measures vectors, for all roles; returns whether one of the scores' columns is not finite.
-  __device__ bool measure_all(const Of& of, Notes<V>& notes, int stage, int step, bool columns, bool rows) {
+  __device__ bool measure_all(const Of& of, Notes<V>& notes, int stage, bool columns, bool rows) {
     const Lane at;
     bool nonfinite = false;
     if (rows)
@@ -104,7 +104,6 @@ struct OutputMaker {
       });
     if (columns)
       measure<Element, Of::kMeasured>(of.of_columns, at.thread, [&](int i, Length x) {
-        shared.ready[stage].wait(parity(step, V::kStages));  // for what tokens weigh in the state
         notes.columns[i] = x.unit;
         notes.scaled[i] = x.unit * notes.writing[i];
         nonfinite = isnan(x.unit);
@@ -215,12 +214,15 @@ struct OutputMaker {
     float along[2] = {};
     // Calls use(i, n, x) for each pair of o, from n on, in row i of the two, and the pair of the vectors there.
     const auto each = [&](auto use) {
+      constexpr int kAtOnce = 2;  // loads that wait together
 #pragma unroll
-      for (int n = 0; n < kColumns / 2; n += 8) {
-        uint32_t x[4];
-        load_blocks<false>(x, base + n / 32 * kPanelBytes + at.block(n / 8 % 4));
+      for (int first = 0; first < kColumns / 16; first += kAtOnce) {
+        uint32_t x[kAtOnce][4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) use(i % 2, n + i * 2, unpack<Element>(x[i]));
+        for (int n = 0; n < kAtOnce; ++n)
+          load_blocks<false>(x[n], base + (first + n) / 4 * kPanelBytes + at.block((first + n) % 4));
+#pragma unroll
+        for (int i = 0; i < kAtOnce * 4; ++i) use(i % 2, first * 8 + i * 2, unpack<Element>(x[i / 4][i % 4]));
       }
     };
     each([&](int i, int n, float2 x) { along[i] += o[n] * x.x + o[n + 1] * x.y; });
@@ -287,15 +289,13 @@ struct OutputMaker {
     float scores[32], o[kColumns / 2];
     uint32_t masked[4][4];
     bool nonfinite = false;
-    if (chunk.cut_off(p)) shared.ready[stage].wait(parity(step, V::kStages));
     if constexpr (V::kLengths) {
-      nonfinite = measure_all(of, notes, stage, step, Of::kMeasuresColumns, Of::kMeasuresRows);
+      nonfinite = measure_all(of, notes, stage, Of::kMeasuresColumns, Of::kMeasuresRows);
       if constexpr (V::kBoth) shared.measured[stage].wait(parity(step, V::kStages));
     }
     start_product<Of::kInner / kPanel>(scores, of.left, of.right);
     shared.state_full[buffer].wait(parity(outputs, V::kStates));
     start_reading(o, of, shared.states[buffer]);
-    shared.ready[stage].wait(parity(step, V::kStages));
     wgmma_wait<1>();
     wgmma_hold(scores);
     if constexpr (V::kBoth) arrive_as_warp(shared.scored[stage]);
@@ -331,13 +331,6 @@ struct OutputMaker {
     }
     arrive_as_warp(shared.put_down[stage]);
   }
-
-  // A chunk that only the state advances by: measured for it.
-  __device__ void measure_alone(int stage, int step) {
-    const Of of(Stage<V>(shared, stage));
-    if (shared.chunks[stage].cut_off(p)) shared.ready[stage].wait(parity(step, V::kStages));
-    measure_all(of, shared.notes[stage], stage, step, Of::kMeasuresColumns, false);
-  }
 };
 
 // Of `group` 0 or 1: with kBoth one makes the gradients of v and the other those of k, else they take turns.
@@ -347,14 +340,15 @@ __device__ void make_outputs(const PassParams& p, SharedStorage<V>& shared, int 
   int outputs = 0;
   for (int step = 0;; ++step) {
     const int stage = step % V::kStages;
-    shared.full[stage].wait(parity(step, V::kStages));
+    shared.ready[stage].wait(parity(step, V::kStages));
     const Chunk& chunk = shared.chunks[stage];
     if (chunk.kind == Kind::kEnd) return;
     const bool output = chunk.kind == Kind::kOutput;
     if (output && (V::kBoth || outputs % 2 == group))
       me.make(chunk, stage, step, outputs);
     else if (V::kLengths && !output && (V::kBoth || step % 2 == group))
-      me.measure_alone(stage, step);
+      me.measure_all(Operands<V, kRole>(Stage<V>(shared, stage)), shared.notes[stage], stage,
+                     Operands<V, kRole>::kMeasuresColumns, false);
     outputs += output;
     me.phases ^= output << stage;
     arrive_as_warp(shared.empty[stage]);

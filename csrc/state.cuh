@@ -175,14 +175,16 @@ struct StateKeeper {
     }
   }
 
-  // aᵀ, each token times what it weighs in the state.
-  __device__ void load_left(uint32_t (&left)[4][4], const uint8_t* a, const Notes<V>& notes,
-                            NonfiniteSearch<Element>& search) {
+  // Left operand of 64 rows: aᵀ, each token times what it weighs in the state.
+  using Left = uint32_t[4][4];
+
+  __device__ void load_left(Left& left, const uint8_t* a, const Notes<V>& notes, NonfiniteSearch<Element>& search) {
     const uint32_t base = address_now(a) + piece_offset(lane() / 16 * 8 + lane() % 8, warp() * 2 + lane() / 8 % 2);
     const uint32_t weights = address_now(V::kLengths ? notes.scaled : notes.writing) + lane() % 4 * 8;
 #pragma unroll
+    for (int x = 0; x < 4; ++x) load_blocks<true>(left[x], base + x * 16 * kPanelRow);
+#pragma unroll
     for (int x = 0; x < 4; ++x) {
-      load_blocks<true>(left[x], base + x * 16 * kPanelRow);
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
         const float2 of = load_pair(weights + x * 64 + i * 16);
@@ -196,50 +198,46 @@ struct StateKeeper {
     }
   }
 
-  // Also looks whether a is finite, and says so by the barrier `looked`, if any.
-  __device__ void advance(const Stage<V>& tile, Notes<V>& notes, Barrier* looked) {
-    uint32_t left[kRows][4][4];
-    NonfiniteSearch<Element> search;
-#pragma unroll
-    for (int m = 0; m < kRows; ++m) load_left(left[m], tile.a() + m * kPanelBytes, notes, search);
+  // Says whether a was found finite.
+  __device__ void tell(const NonfiniteSearch<Element>& search, int stage) {
     if constexpr (V::kLooksAtA) {
       const bool found = __any_sync(~0u, search.found());
-      if (looked != nullptr && lane() == 0) {
-        notes.nonfinite_a[warp()] = found;
-        looked->arrive();
-      }
+      if (shared.chunks[stage].kind != Kind::kOutput || lane() != 0) return;
+      shared.notes[stage].nonfinite_a[warp()] = found;
+      shared.looked[stage].arrive();
     }
-    scale(notes.carried);
+  }
+
+  __device__ void start_advance(int m, const Left& left, const Stage<V>& tile, float carried) {
 #pragma unroll
-    for (int m = 0; m < kRows; ++m) wgmma_hold(s[m]), wgmma_hold(left[m]);
+    for (int i = 0; i < V::kD / 2; ++i) s[m][i] *= carried;
+    wgmma_hold(s[m]);
     const uint32_t right = address_now(tile.b());
     wgmma_fence();
 #pragma unroll
-    for (int m = 0; m < kRows; ++m)
+    for (int x = 0; x < 4; ++x)
 #pragma unroll
-      for (int x = 0; x < 4; ++x)
-#pragma unroll
-        for (int part = 0; part < V::kD / kN; ++part)
-          wgmma<Element, kN, 1>(*reinterpret_cast<float (*)[kN / 2]>(&s[m][part * kN / 2]), left[m][x],
-                                descriptor(right + part * kN / kPanel * kPanelBytes + x * 16 * kPanelRow, kPanelBytes),
-                                1);
+      for (int part = 0; part < V::kD / kN; ++part)
+        wgmma<Element, kN, 1>(*reinterpret_cast<float (*)[kN / 2]>(&s[m][part * kN / 2]), left[x],
+                              descriptor(right + part * kN / kPanel * kPanelBytes + x * 16 * kPanelRow, kPanelBytes),
+                              1);
     wgmma_commit();
-    wgmma_wait<0>();
-#pragma unroll
-    for (int m = 0; m < kRows; ++m) wgmma_hold(s[m]), wgmma_hold(left[m]);
   }
 };
 
 template <class V>
 __device__ void keep_state(const PassParams& p, SharedStorage<V>& shared) {
-  StateKeeper<V> me(p, shared);
+  using Keeper = StateKeeper<V>;
+  Keeper me(p, shared);
+  typename Keeper::Left left[Keeper::kRows], next;
   int outputs = 0;
+  bool loaded = false;                          // whether `left` is that of the chunk already
   const auto wait_for_copy = [&](int output) {  // the one that this output takes the place of
     if (output >= V::kStates) shared.state_empty[output % V::kStates].wait(parity(output, V::kStates) ^ 1);
   };
   for (int step = 0;; ++step) {
     const int stage = step % V::kStages;
-    shared.full[stage].wait(parity(step, V::kStages));
+    shared.ready[stage].wait(parity(step, V::kStages));
     const Chunk& chunk = shared.chunks[stage];
     if (chunk.kind == Kind::kEnd) return;
     if (chunk.kind == Kind::kOutput) {
@@ -256,10 +254,39 @@ __device__ void keep_state(const PassParams& p, SharedStorage<V>& shared) {
     } else if (chunk.first) {
       me.zero();
     }
-    shared.ready[stage].wait(parity(step, V::kStages));
-    if constexpr (V::kLengths) shared.measured[stage].wait(parity(step, V::kStages));
-    me.advance(Stage<V>(shared, stage), shared.notes[stage],
-               chunk.kind == Kind::kOutput ? &shared.looked[stage] : nullptr);
+    const Stage<V> tile(shared, stage);
+    Notes<V>& notes = shared.notes[stage];
+    if (!loaded) {
+      if constexpr (V::kLengths) shared.measured[stage].wait(parity(step, V::kStages));
+      NonfiniteSearch<typename V::Element> search;
+#pragma unroll
+      for (int m = 0; m < Keeper::kRows; ++m) {  // the second half is loaded while the first is multiplied
+        me.load_left(left[m], tile.a() + m * kPanelBytes, notes, search);
+        me.start_advance(m, left[m], tile, notes.carried);
+      }
+      me.tell(search, stage);
+    } else {
+      me.start_advance(0, left[0], tile, notes.carried);
+    }
+    loaded = false;
+    if constexpr (V::kAhead) {  // the next chunk is loaded meanwhile, if it is there
+      const int then = (step + 1) % V::kStages, phase = parity(step + 1, V::kStages);
+      bool there = shared.ready[then].passed(phase);
+      if constexpr (V::kLengths) there = there && shared.measured[then].passed(phase);
+      loaded = __all_sync(~0u, there) && shared.chunks[then].kind != Kind::kEnd;
+      if (loaded) {
+        NonfiniteSearch<typename V::Element> search;
+        me.load_left(next, Stage<V>(shared, then).a(), shared.notes[then], search);
+        me.tell(search, then);
+      }
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int m = 0; m < Keeper::kRows; ++m) wgmma_hold(me.s[m]), wgmma_hold(left[m]);
+    if constexpr (V::kAhead) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) left[0][i / 4][i % 4] = loaded ? next[i / 4][i % 4] : left[0][i / 4][i % 4];
+    }
     if (chunk.kind == Kind::kOutput) arrive_as_warp(shared.advanced[stage]);
     if (chunk.kind == Kind::kOutput && chunk.last && chunk.ends) me.store_final(chunk);
     arrive_as_warp(shared.empty[stage]);

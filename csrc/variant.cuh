@@ -21,6 +21,7 @@ struct Variant {
   static constexpr bool kThrough = kNorm == Norm::kValues || (kBoth && kLengths);  // a gradient through unit length
   // Whether values are looked at for what is not finite: a by the state, b by `inspect`; else they are measured.
   static constexpr bool kLooksAtA = kNorm != Norm::kValues, kLooksAtB = kBoth && !kLengths;
+  static constexpr bool kAhead = kE <= 64;  // whether the state has registers to load the next chunk ahead
   static constexpr int kThreads = 4 * kWarpgroup;
   // Registers of a thread, of the 512 that four warpgroups share: what the compiler needs without spilling.
   static constexpr bool kSmall = kD * kE <= 64 * 64, kDeep = kD > 128;
@@ -90,7 +91,8 @@ struct alignas(1024) SharedStorage {
   uint8_t stages[V::kStages][V::kStageBytes];
   uint8_t states[V::kStates][V::kStateBytes];  // transposed: kE rows in panels of 64 of the kD columns
   Chunk chunks[V::kStages];
-  Stretch next;  // of `fetch`, which has no registers for it
+  Stretch next;  // of `fetch`, which has no registers for it: the segment it copies
+  int piece;     // and which piece of work that is
   Notes<V> notes[V::kStages];
   // A stage is full when its tiles have come, ready when they are inspected, measured when lengths are known, empty
   // when all are done with it. Before that, of outputs alone: the state has advanced, scores are made and vectors
