@@ -53,25 +53,26 @@ struct Fetcher {
   }
 
   // All chunks of the next segment, once to find its state where later segments need it, and once for the outputs.
-  __device__ void segment(const Work& work) {
+  __device__ void segment(int first_token) {
     const Source q_source(p.q, shared.next), k_source(p.k, shared.next), v_source(p.v, shared.next),
         x_source(V::kFourth ? p.x : p.v, shared.next);
-    const int d = shared.next.d_tile, e = shared.next.e_tile, chunks = max(1, (work.length + kChunk - 1) / kChunk);
-    for (int round = work.last ? 1 : 0; round < 2; ++round) {
+    const int d = shared.next.d_tile, e = shared.next.e_tile, length = shared.next.length;
+    const int chunks = max(1, (length + kChunk - 1) / kChunk);
+    for (int round = shared.next.ends ? 1 : 0; round < 2; ++round) {
       const bool all = round == 1, x = V::kBoth || (V::kThrough && all);
       const bool v = all || !V::kBoth, q = all || V::kBoth, k = all || !V::kBoth;
       const int bytes = ((q + k) * V::kQPanels + (v + x) * V::kVPanels) * kPanelBytes;
       const Kind kind = all ? Kind::kOutput : Kind::kAdvance;
       const Keep hint = keep(kind);
       for (int i = 0; i < chunks; ++i) {
-        const int start = (p.reverse ? chunks - 1 - i : i) * kChunk, token = work.start + start;
+        const int start = (p.reverse ? chunks - 1 - i : i) * kChunk, token = first_token + start;
         const int stage = claim();
         Chunk& chunk = shared.chunks[stage];
         for (int at = 0; at < int(sizeof(Stretch)); at += 16)
           store_piece(address_now(&chunk) + at, load_piece(address_now(&shared.next) + at));
         chunk.kind = kind;
         chunk.token = token;
-        chunk.n = min(kChunk, work.length - start);
+        chunk.n = min(kChunk, length - start);
         chunk.first = i == 0;
         chunk.last = i == chunks - 1;
         Barrier& full = shared.full[stage];
@@ -86,30 +87,30 @@ struct Fetcher {
   }
 };
 
-// Says in shared.next which segment of which head a piece of work is; returns whether there is one.
-__device__ inline bool find_piece(const PassParams& p, Stretch& next, int piece, Work& work) {
+// Says in `next` which segment of which head a piece of work is; returns its first token, or -1 behind the last piece.
+__device__ inline int find_piece(const PassParams& p, Stretch& next, int piece) {
   const int tiles = p.d_tiles * p.e_tiles, rows = p.table == nullptr ? p.batch : 1, chains = rows * p.heads * tiles;
   const int positions = p.table == nullptr ? p.positions : p.table[p.positions].sequence;
-  if (piece >= positions * chains) return false;
+  if (piece >= positions * chains) return -1;
   const bool all_whole = p.table != nullptr && p.table[p.positions].start == 1;
   const int of = piece % chains, position = piece / chains, place = p.reverse ? positions - 1 - position : position;
   const int head = of / tiles % p.heads, tile = of % tiles;
+  next.chain = of, next.position = position, next.in_turn = p.counts != nullptr && !all_whole;
+  next.head = head, next.d_tile = tile / p.e_tiles, next.e_tile = tile % p.e_tiles;
+  Work work;
   find_work(p, of / tiles / p.heads * positions + place, work);
   next.starts = work.first, next.ends = work.last, next.length = work.length;
-  next.sequence = work.sequence, next.batch = work.batch, next.head = head;
-  next.d_tile = tile / p.e_tiles, next.e_tile = tile % p.e_tiles;
-  next.chain = of, next.position = position, next.in_turn = p.counts != nullptr && !all_whole;
+  next.sequence = work.sequence, next.batch = work.batch;
   next.log_lambda = work.valid ? log_decay_of(p.log_decay, head) : CUDART_NAN_F;
-  return true;
+  return work.start;
 }
 
 template <class V>
 __device__ void fetch(const PassParams& p, SharedStorage<V>& shared) {
   Fetcher<V> fetcher{p, shared};
-  Work work;
-  for (shared.piece = next_piece(p, -1); find_piece(p, shared.next, shared.piece, work);
-       shared.piece = next_piece(p, shared.piece))
-    fetcher.segment(work);
+  shared.piece = next_piece(p, -1);
+  for (int start; (start = find_piece(p, shared.next, shared.piece)) >= 0; shared.piece = next_piece(p, shared.piece))
+    fetcher.segment(start);
   const int stage = fetcher.claim();
   shared.chunks[stage].kind = Kind::kEnd;
   shared.full[stage].arrive();

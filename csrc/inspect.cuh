@@ -63,7 +63,7 @@ struct Inspector {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) found |= search[i].found();
     found = __any_sync(~0u, found);
-    if (thread % 32 == 0) notes.nonfinite_b[thread / 32] = found;
+    if (thread % 32 == 0) notes.nonfinite[1][thread / 32] = found;
   }
 };
 
@@ -80,10 +80,10 @@ __device__ void inspect(const PassParams& p, SharedStorage<V>& shared, int threa
     }
     const Stage<V> tile(shared, stage);
     Notes<V>& notes = shared.notes[stage];
+    const bool looks = V::kLooksAtB && chunk.kind == Kind::kOutput;
     me.prepare(chunk, tile, notes);
-    arrive_as_warp(shared.ready[stage]);
-    if constexpr (V::kLooksAtB) {
-      if (chunk.kind != Kind::kOutput) continue;
+    arrive_as_warp(shared.ready[stage]);  // from here on the stage may be taken away, but for outputs
+    if (looks) {
       me.look(tile.b(), notes);
       arrive_as_warp(shared.looked[stage]);
     }

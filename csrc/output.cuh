@@ -7,41 +7,20 @@
 #include "variant.cuh"
 #include "wgmma.cuh"
 
-// Which tiles of a stage one output is made of: (left rightᵀ ⊙ M) values + left S, S the state or its transpose.
-enum class Role { kSingle, kGradientOfV, kGradientOfK };
-
-template <class V, Role kRole>
+// Which tiles of a stage one output is made of: (left rightᵀ ⊙ M) values + left S, S the state or for the `second` of
+// two its transpose. The first is the gradient of v, the second that of k.
+template <class V>
 struct Operands {
-  static constexpr bool kTransposed = kRole == Role::kGradientOfK;  // reads the transpose of the state
-  static constexpr int kInner = kTransposed ? V::kE : V::kD, kColumns = kTransposed ? V::kD : V::kE;
-  static constexpr bool kThrough = kTransposed ? V::kThrough : V::kThrough && !V::kBoth;
-  // Whether scores are divided by the lengths of the vectors of their rows and columns.
-  static constexpr bool kColumnLengths = V::kLengths;
-  static constexpr bool kRowLengths = V::kLengths && V::kNorm != Norm::kValues && !kTransposed;
-  // Whose vectors this one measures: those of the scores' columns, and of their rows or through whose length it goes.
-  static constexpr bool kMeasuresColumns = V::kLengths && kRole != Role::kGradientOfV;
-  static constexpr bool kMeasuresRows = V::kLengths && !kTransposed;
-  static constexpr bool kMeasuresValues = kMeasuresColumns && (kTransposed || V::kNorm == Norm::kValues);
-  static constexpr int kMeasured = (V::kNorm == Norm::kValues ? V::kE : V::kD) / kPanel;  // panels
-  // What was found in the values that is not finite.
-  __device__ static const auto& found(const Notes<V>& notes) {
-    if constexpr (kTransposed)
-      return notes.nonfinite_b;
-    else
-      return notes.nonfinite_a;
-  }
+  static_assert(!V::kBoth || V::kD == V::kE);
   uint8_t *left, *right, *values, *through;
-  uint8_t *of_columns, *of_rows;
 
-  __device__ explicit Operands(const Stage<V>& tile) {
-    if constexpr (kRole == Role::kSingle)
+  __device__ Operands(const Stage<V>& tile, bool second) {
+    if constexpr (!V::kBoth) {
       left = tile.q, right = tile.k, values = tile.v, through = tile.x;
-    else if constexpr (kRole == Role::kGradientOfV)
-      left = tile.k, right = tile.q, values = tile.x, through = nullptr;
-    else
-      left = tile.v, right = tile.x, values = tile.q, through = tile.k;
-    of_columns = kMeasuresValues ? values : right;
-    of_rows = V::kNorm == Norm::kValues ? through : left;
+    } else {
+      left = second ? tile.v : tile.k, right = second ? tile.x : tile.q, values = second ? tile.q : tile.x;
+      through = tile.k;
+    }
   }
 };
 
@@ -63,19 +42,19 @@ struct Lane {
 };
 
 // What an output warpgroup does.
-template <class V, Role kRole>
+template <class V>
 struct OutputMaker {
   using Element = typename V::Element;
-  using Of = Operands<V, kRole>;
-  static constexpr int kColumns = Of::kColumns;
-  static constexpr int kPanelOfState = V::kE * kPanelRow;
+  static constexpr int kColumns = V::kE, kPanelOfState = V::kE * kPanelRow;
+  static constexpr bool kValues = V::kNorm == Norm::kValues, kRowLengths = V::kLengths && !kValues;
   const PassParams& p;
   SharedStorage<V>& shared;
   const int group;
-  int phases = 0;  // a bit for each stage: parity of the barriers that only chunks with outputs pass
+  const bool second;  // makes the second of two outputs
+  int phases = 0;     // a bit for each stage: parity of the barriers that only chunks with outputs pass
 
   __device__ OutputMaker(const PassParams& p, SharedStorage<V>& shared, int group)
-      : p(p), shared(shared), group(group) {}
+      : p(p), shared(shared), group(group), second(V::kBoth && group == 1) {}
 
   // left rightᵀ of two tiles.
   template <int kPanels>
@@ -93,40 +72,44 @@ struct OutputMaker {
     wgmma_commit();
   }
 
-  // Measures vectors, for all roles; returns whether one of the scores' columns is not finite.
-  __device__ bool measure_all(const Of& of, Notes<V>& notes, int stage, bool columns, bool rows) {
+  // Measures the vectors of the scores' columns, or their rows or those through whose length a gradient goes, or both,
+  // for all roles. Returns whether one of the first is not finite.
+  __device__ bool measure_all(const Stage<V>& tile, Notes<V>& notes, int stage, bool columns, bool rows) {
     const Lane at;
     bool nonfinite = false;
-    if (rows)
-      measure<Element, Of::kMeasured>(of.of_rows, at.thread, [&](int i, Length x) {
-        notes.rows[i] = x.unit;
-        if constexpr (V::kThrough) notes.inverse[i] = x.inverse, notes.along[i] = x.constant ? 0.f : x.unit * x.unit;
-      });
-    if (columns)
-      measure<Element, Of::kMeasured>(of.of_columns, at.thread, [&](int i, Length x) {
+    const auto use = [&](bool of_columns, int i, Length x) {
+      if (of_columns) {
         notes.columns[i] = x.unit;
         notes.scaled[i] = x.unit * notes.writing[i];
         nonfinite = isnan(x.unit);
-      });
+      } else {
+        notes.rows[i] = x.unit;
+        if constexpr (V::kThrough) notes.inverse[i] = x.inverse, notes.along[i] = x.constant ? 0.f : x.unit * x.unit;
+      }
+    };
+    if constexpr (V::kBoth) {  // each one kind
+      measure<Element, V::kQPanels>(columns ? tile.q : tile.k, at.thread, [&](int i, Length x) { use(columns, i, x); });
+    } else {
+      constexpr int kPanels = kValues ? V::kVPanels : V::kQPanels;
+      measure<Element, kPanels>(kValues ? tile.v : tile.k, at.thread, [&](int i, Length x) { use(true, i, x); });
+      if (rows)
+        measure<Element, kPanels>(kValues ? tile.x : tile.q, at.thread, [&](int i, Length x) { use(false, i, x); });
+    }
     nonfinite = any_thread(2 + group, kWarpgroup, nonfinite);
     arrive_as_warp(shared.measured[stage]);
     return nonfinite;
   }
 
-  __device__ void start_reading(float (&o)[kColumns / 2], const Of& of, const uint8_t* state) {
+  __device__ void start_reading(float (&o)[kColumns / 2], const Operands<V>& of, const uint8_t* state) {
     const uint32_t left = address_now(of.left), right = address_now(state);
     wgmma_fence();
 #pragma unroll
-    for (int panel = 0; panel < Of::kInner / kPanel; ++panel) {
-#pragma unroll
-      for (int x = 0; x < 4; ++x) {
-        const uint64_t a = descriptor(left + panel * kPanelBytes + x * 32);
-        if constexpr (Of::kTransposed)
-          wgmma<Element, kColumns, 1>(o, a, descriptor(right + (panel * 4 + x) * 16 * kPanelRow, kPanelOfState),
-                                      panel + x > 0);
-        else
-          wgmma<Element, kColumns, 0>(o, a, descriptor(right + panel * kPanelOfState + x * 32), panel + x > 0);
-      }
+    for (int x = 0; x < V::kD / 16; ++x) {
+      const uint64_t a = descriptor(left + x / 4 * kPanelBytes + x % 4 * 32);
+      if (second)
+        wgmma<Element, kColumns, 1>(o, a, descriptor(right + x * 16 * kPanelRow, kPanelOfState), x > 0);
+      else
+        wgmma<Element, kColumns, 0>(o, a, descriptor(right + x / 4 * kPanelOfState + x % 4 * 32), x > 0);
     }
     wgmma_commit();
   }
@@ -135,17 +118,17 @@ struct OutputMaker {
   __device__ void mask(uint32_t (&left)[4][4], const float (&scores)[32], const Notes<V>& notes) {
     const Lane at;
     float rows[2] = {1.f, 1.f};
-    if constexpr (Of::kRowLengths) rows[0] = notes.rows[at.row], rows[1] = notes.rows[at.row + 8];
+    if (kRowLengths && !second) rows[0] = notes.rows[at.row], rows[1] = notes.rows[at.row + 8];
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       float2 columns = make_float2(1.f, 1.f);
-      if constexpr (Of::kColumnLengths) columns = *reinterpret_cast<const float2*>(&notes.columns[n * 8 + at.pair]);
+      if constexpr (V::kLengths) columns = *reinterpret_cast<const float2*>(&notes.columns[n * 8 + at.pair]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float* weight = &notes.weights[kChunk + at.row + half * 8 - n * 8 - at.pair];
         float a = scores[n * 4 + half * 2], b = scores[n * 4 + half * 2 + 1];
-        if constexpr (Of::kColumnLengths) a *= columns.x, b *= columns.y;
-        if constexpr (Of::kRowLengths) a *= rows[half], b *= rows[half];
+        if constexpr (V::kLengths) a *= columns.x, b *= columns.y;
+        if constexpr (kRowLengths) a *= rows[half], b *= rows[half];
         a = weight[0] < 0.f ? 0.f : a * weight[0];
         b = weight[-1] < 0.f ? 0.f : b * weight[-1];
         left[n / 2][n % 2 * 2 + half] = pack<Element>(a, b);
@@ -156,12 +139,12 @@ struct OutputMaker {
   __device__ void scale_rows(float (&o)[kColumns / 2], const Notes<V>& notes) {
     const Lane at;
     float reading[2] = {notes.reading[at.row], notes.reading[at.row + 8]};
-    if constexpr (Of::kRowLengths) reading[0] *= notes.rows[at.row], reading[1] *= notes.rows[at.row + 8];
+    if (kRowLengths && !second) reading[0] *= notes.rows[at.row], reading[1] *= notes.rows[at.row + 8];
 #pragma unroll
     for (int x = 0; x < kColumns / 2; ++x) o[x] *= reading[x / 2 % 2];
   }
 
-  __device__ void start_values(float (&o)[kColumns / 2], const uint32_t (&scores)[4][4], const Of& of) {
+  __device__ void start_values(float (&o)[kColumns / 2], const uint32_t (&scores)[4][4], const Operands<V>& of) {
     wgmma_fence();
 #pragma unroll
     for (int x = 0; x < 4; ++x)
@@ -172,10 +155,10 @@ struct OutputMaker {
 
   // Takes values that are not finite out of the tile, once all others have read it, and notes where they were: times
   // a masked score, 0, they would change the output of earlier tokens.
-  __device__ void take_out(uint8_t* values, Notes<V>& notes, int stage) {
+  __device__ void take_out(uint8_t* values, Notes<V>& notes, int stage, int step) {
     const Lane at;
-    auto& bad = notes.bad[kRole == Role::kGradientOfK];
-    shared.advanced[stage].wait(phases >> stage & 1);
+    auto& bad = notes.bad[second];
+    shared.advanced[stage].wait(parity(step, V::kStages));
     if constexpr (V::kBoth) shared.scored[stage].wait(phases >> stage & 1);
     for (int x = at.thread; x < kColumns; x += kWarpgroup) bad[x] = 0;
     sync_threads(2 + group, kWarpgroup);
@@ -198,7 +181,7 @@ struct OutputMaker {
   // NaN from the first token on that brought a value that is not finite.
   __device__ void spoil(float (&o)[kColumns / 2], const Notes<V>& notes) {
     const Lane at;
-    const auto& bad = notes.bad[kRole == Role::kGradientOfK];
+    const auto& bad = notes.bad[second];
 #pragma unroll
     for (int x = 0; x < kColumns / 2; ++x) {
       const int i = at.row + x / 2 % 2 * 8;
@@ -211,21 +194,15 @@ struct OutputMaker {
   __device__ void through_unit_length(float (&o)[kColumns / 2], const uint8_t* vectors, const Notes<V>& notes) {
     const Lane at;
     const uint32_t base = shared_address(vectors);
+    uint32_t x[kColumns / 16][4];  // as o, in pairs
+#pragma unroll
+    for (int n = 0; n < kColumns / 16; ++n) load_blocks<false>(x[n], base + n / 4 * kPanelBytes + at.block(n % 4));
     float along[2] = {};
-    // Calls use(i, n, x) for each pair of o, from n on, in row i of the two, and the pair of the vectors there.
-    const auto each = [&](auto use) {
-      constexpr int kAtOnce = 2;  // loads that wait together
 #pragma unroll
-      for (int first = 0; first < kColumns / 16; first += kAtOnce) {
-        uint32_t x[kAtOnce][4];
-#pragma unroll
-        for (int n = 0; n < kAtOnce; ++n)
-          load_blocks<false>(x[n], base + (first + n) / 4 * kPanelBytes + at.block((first + n) % 4));
-#pragma unroll
-        for (int i = 0; i < kAtOnce * 4; ++i) use(i % 2, first * 8 + i * 2, unpack<Element>(x[i / 4][i % 4]));
-      }
-    };
-    each([&](int i, int n, float2 x) { along[i] += o[n] * x.x + o[n + 1] * x.y; });
+    for (int n = 0; n < kColumns / 4; ++n) {
+      const float2 pair = unpack<Element>(x[n / 4][n % 4]);
+      along[n % 2] += o[n * 2] * pair.x + o[n * 2 + 1] * pair.y;
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       along[half] += __shfl_xor_sync(~0u, along[half], 1);
@@ -233,10 +210,12 @@ struct OutputMaker {
       along[half] *= notes.along[at.row + half * 8];
     }
     const float inverse[2] = {notes.inverse[at.row], notes.inverse[at.row + 8]};
-    each([&](int i, int n, float2 x) {
-      o[n] = (o[n] - along[i] * x.x) * inverse[i];
-      o[n + 1] = (o[n + 1] - along[i] * x.y) * inverse[i];
-    });
+#pragma unroll
+    for (int n = 0; n < kColumns / 4; ++n) {
+      const float2 pair = unpack<Element>(x[n / 4][n % 4]);
+      o[n * 2] = (o[n * 2] - along[n % 2] * pair.x) * inverse[n % 2];
+      o[n * 2 + 1] = (o[n * 2 + 1] - along[n % 2] * pair.y) * inverse[n % 2];
+    }
   }
 
   // To the left tile, which nobody else reads any more, and from where `store` copies it to global memory.
@@ -255,8 +234,8 @@ struct OutputMaker {
   // To global memory, of a chunk that ends with its sequence amid others: the copy engine would go on.
   __device__ void store_rows(const Chunk& chunk, const uint8_t* tile) {
     const Lane at;
-    const int first = Of::kTransposed ? 0 : chunk.e_tile * V::kE, width = Of::kTransposed ? p.d : p.e;
-    Element* out = static_cast<Element*>(Of::kTransposed ? p.out_of_k : p.out) +
+    const int first = chunk.e_tile * V::kE, width = second ? p.d : p.e;
+    Element* out = static_cast<Element*>(second ? p.out_of_k : p.out) +
                    ((int64_t(chunk.batch) * p.heads + chunk.head) * p.tokens + chunk.token) * width + first;
     sync_threads(2 + group, kWarpgroup);
 #pragma unroll 1
@@ -283,18 +262,20 @@ struct OutputMaker {
   }
 
   __device__ void make(const Chunk& chunk, int stage, int step, int outputs) {
-    const Of of(Stage<V>(shared, stage));
+    const Stage<V> tile(shared, stage);
+    const Operands<V> of(tile, second);
     Notes<V>& notes = shared.notes[stage];
-    const int buffer = outputs % V::kStates;
+    const int buffer = outputs % V::kStates, phase = phases >> stage & 1;
     float scores[32], o[kColumns / 2];
     uint32_t masked[4][4];
     bool nonfinite = false;
     if constexpr (V::kLengths) {
-      nonfinite = measure_all(of, notes, stage, Of::kMeasuresColumns, Of::kMeasuresRows);
+      nonfinite = measure_all(tile, notes, stage, second, true);
       if constexpr (V::kBoth) shared.measured[stage].wait(parity(step, V::kStages));
     }
-    start_product<Of::kInner / kPanel>(scores, of.left, of.right);
+    start_product<V::kQPanels>(scores, of.left, of.right);
     shared.state_full[buffer].wait(parity(outputs, V::kStates));
+    if constexpr (!V::kBoth) fence_for_async();  // here, since the state has no time for it
     start_reading(o, of, shared.states[buffer]);
     wgmma_wait<1>();
     wgmma_hold(scores);
@@ -304,11 +285,12 @@ struct OutputMaker {
     wgmma_hold(o);
     arrive_as_warp(shared.state_empty[buffer]);
     scale_rows(o, notes);
-    if constexpr (!Of::kMeasuresValues) {
-      shared.looked[stage].wait(phases >> stage & 1);
-      for (const int found : Of::found(notes)) nonfinite |= found != 0;
+    if (V::kLooksAtA && !(V::kLengths && second)) {
+      shared.looked[stage].wait(phase);
+      nonfinite = false;
+      for (const int found : notes.nonfinite[second]) nonfinite |= found != 0;
     }
-    if (nonfinite) take_out(of.values, notes, stage);
+    if (nonfinite) take_out(of.values, notes, stage, step);
     wgmma_hold(o);
     wgmma_hold(masked);
     start_values(o, masked, of);
@@ -316,14 +298,14 @@ struct OutputMaker {
     wgmma_hold(o);
     wgmma_hold(masked);
     if (nonfinite) spoil(o, notes);
-    if constexpr (Of::kThrough) through_unit_length(o, of.through, notes);
+    if (V::kThrough && (!V::kBoth || second)) through_unit_length(o, of.through, notes);
     if constexpr (V::kBoth && V::kThrough) {  // one reads the tile that the other puts its output down in
-      if constexpr (Of::kThrough)
+      if (second)
         arrive_as_warp(shared.through[stage]);
       else
-        shared.through[stage].wait(phases >> stage & 1);
+        shared.through[stage].wait(phase);
     }
-    if (kRole == Role::kSingle && p.partial != nullptr) {
+    if (!V::kBoth && p.partial != nullptr) {
       store_part(o, chunk);
     } else {
       put_down(o, of.left);
@@ -334,9 +316,9 @@ struct OutputMaker {
 };
 
 // Of `group` 0 or 1: with kBoth one makes the gradients of v and the other those of k, else they take turns.
-template <class V, Role kRole>
+template <class V>
 __device__ void make_outputs(const PassParams& p, SharedStorage<V>& shared, int group) {
-  OutputMaker<V, kRole> me(p, shared, group);
+  OutputMaker<V> me(p, shared, group);
   int outputs = 0;
   for (int step = 0;; ++step) {
     const int stage = step % V::kStages;
@@ -347,8 +329,7 @@ __device__ void make_outputs(const PassParams& p, SharedStorage<V>& shared, int 
     if (output && (V::kBoth || outputs % 2 == group))
       me.make(chunk, stage, step, outputs);
     else if (V::kLengths && !output && (V::kBoth || step % 2 == group))
-      me.measure_all(Operands<V, kRole>(Stage<V>(shared, stage)), shared.notes[stage], stage,
-                     Operands<V, kRole>::kMeasuresColumns, false);
+      me.measure_all(Stage<V>(shared, stage), shared.notes[stage], stage, me.second, false);
     outputs += output;
     me.phases ^= output << stage;
     arrive_as_warp(shared.empty[stage]);

@@ -33,8 +33,9 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
       shared.scored[stage].init(2 * kWarps);
       shared.through[stage].init(kWarps);
       shared.put_down[stage].init(V::kBoth ? 2 * kWarps : kWarps);
-      shared.empty[stage].init(3 * kWarps + 1);
+      shared.empty[stage].init(2 * kWarps + 1);
       shared.notes[stage].n = -1;
+      for (int warp = 0; warp < kWarps; ++warp) shared.notes[stage].nonfinite[1][warp] = 0;
     }
     for (int buffer = 0; buffer < V::kStates; ++buffer) {
       shared.state_full[buffer].init(kWarps);
@@ -50,12 +51,7 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
     keep_state<V>(p, shared);
   } else if (group < 3) {
     set_registers<V::kOutputRegisters, V::kFirstRegisters>();
-    if constexpr (!V::kBoth)
-      make_outputs<V, Role::kSingle>(p, shared, group - 1);
-    else if (group == 1)
-      make_outputs<V, Role::kGradientOfV>(p, shared, 0);
-    else
-      make_outputs<V, Role::kGradientOfK>(p, shared, 1);
+    make_outputs<V>(p, shared, group - 1);
   } else {
     set_registers<V::kFetchRegisters, V::kFirstRegisters>();
     if (thread == 0)

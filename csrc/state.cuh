@@ -203,7 +203,7 @@ struct StateKeeper {
     if constexpr (V::kLooksAtA) {
       const bool found = __any_sync(~0u, search.found());
       if (shared.chunks[stage].kind != Kind::kOutput || lane() != 0) return;
-      shared.notes[stage].nonfinite_a[warp()] = found;
+      shared.notes[stage].nonfinite[0][warp()] = found;
       shared.looked[stage].arrive();
     }
   }
@@ -229,9 +229,8 @@ template <class V>
 __device__ void keep_state(const PassParams& p, SharedStorage<V>& shared) {
   using Keeper = StateKeeper<V>;
   Keeper me(p, shared);
-  typename Keeper::Left left[Keeper::kRows], next;
+  typename Keeper::Left left[Keeper::kRows];
   int outputs = 0;
-  bool loaded = false;                          // whether `left` is that of the chunk already
   const auto wait_for_copy = [&](int output) {  // the one that this output takes the place of
     if (output >= V::kStates) shared.state_empty[output % V::kStates].wait(parity(output, V::kStates) ^ 1);
   };
@@ -248,47 +247,26 @@ __device__ void keep_state(const PassParams& p, SharedStorage<V>& shared) {
         me.begin_output(chunk);
       }
       me.show(buffer);
-      fence_for_async();
+      if constexpr (V::kBoth) fence_for_async();
       arrive_as_warp(shared.state_full[buffer]);
       ++outputs;
     } else if (chunk.first) {
       me.zero();
     }
     const Stage<V> tile(shared, stage);
-    Notes<V>& notes = shared.notes[stage];
-    if (!loaded) {
-      if constexpr (V::kLengths) shared.measured[stage].wait(parity(step, V::kStages));
-      NonfiniteSearch<typename V::Element> search;
+    const Notes<V>& notes = shared.notes[stage];
+    if constexpr (V::kLengths) shared.measured[stage].wait(parity(step, V::kStages));
+    NonfiniteSearch<typename V::Element> search;
 #pragma unroll
-      for (int m = 0; m < Keeper::kRows; ++m) {  // the second half is loaded while the first is multiplied
-        me.load_left(left[m], tile.a() + m * kPanelBytes, notes, search);
-        me.start_advance(m, left[m], tile, notes.carried);
-      }
-      me.tell(search, stage);
-    } else {
-      me.start_advance(0, left[0], tile, notes.carried);
+    for (int m = 0; m < Keeper::kRows; ++m) {  // the second half is loaded while the first is multiplied
+      me.load_left(left[m], tile.a() + m * kPanelBytes, notes, search);
+      me.start_advance(m, left[m], tile, notes.carried);
     }
-    loaded = false;
-    if constexpr (V::kAhead) {  // the next chunk is loaded meanwhile, if it is there
-      const int then = (step + 1) % V::kStages, phase = parity(step + 1, V::kStages);
-      bool there = shared.ready[then].passed(phase);
-      if constexpr (V::kLengths) there = there && shared.measured[then].passed(phase);
-      loaded = __all_sync(~0u, there) && shared.chunks[then].kind != Kind::kEnd;
-      if (loaded) {
-        NonfiniteSearch<typename V::Element> search;
-        me.load_left(next, Stage<V>(shared, then).a(), shared.notes[then], search);
-        me.tell(search, then);
-      }
-    }
+    me.tell(search, stage);
     wgmma_wait<0>();
 #pragma unroll
     for (int m = 0; m < Keeper::kRows; ++m) wgmma_hold(me.s[m]), wgmma_hold(left[m]);
-    if constexpr (V::kAhead) {
-#pragma unroll
-      for (int i = 0; i < 16; ++i) left[0][i / 4][i % 4] = loaded ? next[i / 4][i % 4] : left[0][i / 4][i % 4];
-    }
-    if (chunk.kind == Kind::kOutput) arrive_as_warp(shared.advanced[stage]);
     if (chunk.kind == Kind::kOutput && chunk.last && chunk.ends) me.store_final(chunk);
-    arrive_as_warp(shared.empty[stage]);
+    arrive_as_warp(shared.advanced[stage]);
   }
 }

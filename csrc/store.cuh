@@ -30,10 +30,10 @@ __device__ void store_outputs(const PassParams& p, SharedStorage<V>& shared) {
     shared.full[stage].wait(parity(step, V::kStages));
     const Chunk& chunk = shared.chunks[stage];
     if (chunk.kind == Kind::kEnd) return;
+    shared.advanced[stage].wait(parity(step, V::kStages));
     if (chunk.kind == Kind::kOutput) {
       const Stage<V> tile(shared, stage);
       const int phase = phases >> stage & 1;
-      shared.advanced[stage].wait(phase);
       if constexpr (V::kBoth) shared.scored[stage].wait(phase);
       shared.put_down[stage].wait(phase);
       fence_for_async();  // after all that was written to the tiles: for the copies from here, and those to come

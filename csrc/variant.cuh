@@ -21,7 +21,6 @@ struct Variant {
   static constexpr bool kThrough = kNorm == Norm::kValues || (kBoth && kLengths);  // a gradient through unit length
   // Whether values are looked at for what is not finite: a by the state, b by `inspect`; else they are measured.
   static constexpr bool kLooksAtA = kNorm != Norm::kValues, kLooksAtB = kBoth && !kLengths;
-  static constexpr bool kAhead = kE <= 64;  // whether the state has registers to load the next chunk ahead
   static constexpr int kThreads = 4 * kWarpgroup;
   // Registers of a thread, of the 512 that four warpgroups share: what the compiler needs without spilling.
   static constexpr bool kSmall = kD * kE <= 64 * 64, kDeep = kD > 128;
@@ -82,7 +81,7 @@ struct Notes {
   // To take a gradient through unit length: 1 / |x|, and 1 / |x|² or 0 for vectors divided by a constant.
   float inverse[V::kThrough ? kChunk : 1], along[V::kThrough ? kChunk : 1];
   // Whether a warp found something that is not finite in a, the values of the first output, or b, those of the second.
-  int nonfinite_a[kWarpgroup / 32], nonfinite_b[kInspecting / 32];
+  int nonfinite[2][kWarpgroup / 32];
   unsigned long long bad[2][V::kD < V::kE ? V::kE : V::kD];  // which tokens, for each column; else undefined
 };
 
