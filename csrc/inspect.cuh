@@ -3,6 +3,7 @@
 #pragma once
 
 #include "decay.cuh"
+#include "lengths.cuh"
 #include "variant.cuh"
 
 // What a thread of the inspecting warps does.
@@ -45,6 +46,18 @@ struct Inspector {
     }
   }
 
+  // The vectors of the scores' rows, or through whose length a gradient goes.
+  __device__ void measure_rows(const Stage<V>& tile, Notes<V>& notes) {
+    constexpr int kPanels = V::kNorm == Norm::kValues ? V::kVPanels : V::kQPanels;
+    static_assert(kInspecting == kChunk);
+    uint8_t* rows = V::kNorm == Norm::kValues ? tile.x : V::kBoth ? tile.k : tile.q;
+    measure<Element, kPanels, 1>(rows, thread, 0, [&](Length x) {
+      notes.rows[thread] = x.unit;
+      if constexpr (V::kThrough)
+        notes.inverse[thread] = x.inverse, notes.along[thread] = x.constant ? 0.f : x.unit * x.unit;
+    });
+  }
+
   // Whether a value of b is not finite: the values of the second output. Those of the first pass through the state's
   // hands, and vectors are measured.
   __device__ void look(const uint8_t* b, Notes<V>& notes) {
@@ -80,10 +93,14 @@ __device__ void inspect(const PassParams& p, SharedStorage<V>& shared, int threa
     }
     const Stage<V> tile(shared, stage);
     Notes<V>& notes = shared.notes[stage];
-    const bool looks = V::kLooksAtB && chunk.kind == Kind::kOutput;
+    const bool output = chunk.kind == Kind::kOutput;
     me.prepare(chunk, tile, notes);
-    arrive_as_warp(shared.ready[stage]);  // from here on the stage may be taken away, but for outputs
-    if (looks) {
+    arrive_as_warp(shared.ready[stage]);  // the next may come soon, if the state alone needs this one
+    if constexpr (V::kLengths) {
+      if (output) me.measure_rows(tile, notes);
+      arrive_as_warp(shared.measured[stage]);
+    }
+    if (V::kLooksAtB && output) {
       me.look(tile.b(), notes);
       arrive_as_warp(shared.looked[stage]);
     }

@@ -13,7 +13,8 @@ struct Length {
 
 // Of a row whose square the types can't hold well: it is first multiplied by a power of two, in place, which changes no
 // digit.
-template <class Element>
+// kThreads only makes it a function for each caller: the compiler gives up registers of warpgroups that share one.
+template <class Element, int kThreads>
 __device__ __noinline__ Length length_of_extreme(uint8_t* tile, int panels, int row) {
   const auto address = [&](int piece) {
     return shared_address(tile) + piece / 8 * kPanelBytes + piece_offset(row, piece % 8);
@@ -49,40 +50,38 @@ __device__ __noinline__ Length length_of_extreme(uint8_t* tile, int panels, int 
   return {unit, unit * scale, length <= least};
 }
 
-template <class Element>
+template <class Element, int kThreads>
 __device__ inline Length length_of(float square, uint8_t* tile, int panels, int row) {
   constexpr bool kHalf = std::is_same_v<Element, __half>;
   constexpr float kLeast = kHalf ? 0x1p-8f : 0x1p-39f, kMost = kHalf ? 0x1p12f : 0x1p80f;
-  if (!(square >= kLeast && square <= kMost)) return length_of_extreme<Element>(tile, panels, row);
+  if (!(square >= kLeast && square <= kMost)) return length_of_extreme<Element, kThreads>(tile, panels, row);
   const float unit = rsqrtf(square);
   return {unit, unit, false};
 }
 
-// Calls use(row, length) for each row of a tile, in one of the two threads of a warpgroup that share it: that of even
-// number, in the warp whose rows of products they are.
-template <class Element, int kPanels, class Use>
-__device__ inline void measure(uint8_t* tile, int thread, Use use) {
-  constexpr int kHalf = kPanels == 1 ? 4 : 8;  // pieces of a panel for one thread
-  const int row = thread / 2, half = thread % 2;
+// Calls use(length) in one of the kThreads neighbouring threads that share a row of a tile, the one with part 0.
+template <class Element, int kPanels, int kThreads, class Use>
+__device__ inline void measure(uint8_t* tile, int row, int part, Use use) {
+  constexpr int kPieces = 8 * kPanels / kThreads, kAtOnce = kPieces < 4 ? kPieces : 4;
+  const int first = part * kPieces;
+  // Threads that begin in the same place of different panels would read from the same banks.
+  const uint32_t base =
+      shared_address(tile) + first / 8 * kPanelBytes + piece_offset(row, first % 8 ^ (first < 8 ? 0 : 8 / kThreads));
   float sums[4] = {};
+#pragma unroll 1
+  for (int piece = 0; piece < kPieces; piece += kAtOnce) {
+    const uint32_t here = (base ^ piece % 8 << 4) + piece / 8 * kPanelBytes;
+    uint4 x[kAtOnce];
 #pragma unroll
-  for (int panel = 0; panel < (kPanels + 1) / 2; ++panel) {
-    // The two threads read from different panels, and so that neighbours are on other banks; or halves of the only one.
-    const uint32_t base =
-        shared_address(tile) + (kPanels == 1 ? 0 : panel * 2 + half) * kPanelBytes + piece_offset(row, half * 4);
+    for (int i = 0; i < kAtOnce; ++i) x[i] = load_piece(here ^ i << 4);
 #pragma unroll
-    for (int first = 0; first < kHalf; first += 4) {
-      uint4 x[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = load_piece(base ^ (first + i) << 4);
-#pragma unroll
-      for (int w = 0; w < 16; ++w) {
-        const float2 pair = unpack<Element>((&x[w / 4].x)[w % 4]);
-        sums[w % 4] = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, sums[w % 4]));
-      }
+    for (int w = 0; w < 4 * kAtOnce; ++w) {
+      const float2 pair = unpack<Element>((&x[w / 4].x)[w % 4]);
+      sums[w % 4] = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, sums[w % 4]));
     }
   }
   float square = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  square += __shfl_xor_sync(~0u, square, 1);
-  if (half == 0) use(row, length_of<Element>(square, tile, kPanels, row));
+#pragma unroll
+  for (int lanes = 1; lanes < kThreads; lanes *= 2) square += __shfl_xor_sync(~0u, square, lanes);
+  if (part == 0) use(length_of<Element, kThreads>(square, tile, kPanels, row));
 }

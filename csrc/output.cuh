@@ -72,32 +72,24 @@ struct OutputMaker {
     wgmma_commit();
   }
 
-  // Measures the vectors of the scores' columns, or their rows or those through whose length a gradient goes, or both,
-  // for all roles. Returns whether one of the first is not finite.
-  __device__ bool measure_all(const Stage<V>& tile, Notes<V>& notes, int stage, bool columns, bool rows) {
+  // Measures the vectors of the scores' columns, which the state waits for, and waits until those of rows are measured
+  // too. Two outputs share the work.
+  __device__ void measure_columns(const Stage<V>& tile, Notes<V>& notes, int stage, int step) {
     const Lane at;
+    constexpr int kThreads = V::kBoth ? 4 : 2, kPanels = kValues ? V::kVPanels : V::kQPanels;
+    const int row = at.thread / kThreads + (second ? kChunk / 2 : 0);
     bool nonfinite = false;
-    const auto use = [&](bool of_columns, int i, Length x) {
-      if (of_columns) {
-        notes.columns[i] = x.unit;
-        notes.scaled[i] = x.unit * notes.writing[i];
-        nonfinite = isnan(x.unit);
-      } else {
-        notes.rows[i] = x.unit;
-        if constexpr (V::kThrough) notes.inverse[i] = x.inverse, notes.along[i] = x.constant ? 0.f : x.unit * x.unit;
-      }
-    };
-    if constexpr (V::kBoth) {  // each one kind
-      measure<Element, V::kQPanels>(columns ? tile.q : tile.k, at.thread, [&](int i, Length x) { use(columns, i, x); });
-    } else {
-      constexpr int kPanels = kValues ? V::kVPanels : V::kQPanels;
-      measure<Element, kPanels>(kValues ? tile.v : tile.k, at.thread, [&](int i, Length x) { use(true, i, x); });
-      if (rows)
-        measure<Element, kPanels>(kValues ? tile.x : tile.q, at.thread, [&](int i, Length x) { use(false, i, x); });
+    measure<Element, kPanels, kThreads>(kValues ? tile.v : tile.b(), row, at.thread % kThreads, [&](Length x) {
+      notes.columns[row] = x.unit;
+      notes.scaled[row] = x.unit * notes.writing[row];
+      nonfinite = isnan(x.unit);
+    });
+    if constexpr (V::kMeasuresValues) {
+      nonfinite = __any_sync(~0u, nonfinite);
+      if (at.lane == 0) notes.nonfinite[V::kBoth][(second ? 4 : 0) + at.thread / 32] = nonfinite;
     }
-    nonfinite = any_thread(2 + group, kWarpgroup, nonfinite);
     arrive_as_warp(shared.measured[stage]);
-    return nonfinite;
+    shared.measured[stage].wait(parity(step, V::kStages));
   }
 
   __device__ void start_reading(float (&o)[kColumns / 2], const Operands<V>& of, const uint8_t* state) {
@@ -269,13 +261,10 @@ struct OutputMaker {
     float scores[32], o[kColumns / 2];
     uint32_t masked[4][4];
     bool nonfinite = false;
-    if constexpr (V::kLengths) {
-      nonfinite = measure_all(tile, notes, stage, second, true);
-      if constexpr (V::kBoth) shared.measured[stage].wait(parity(step, V::kStages));
-    }
+    if constexpr (V::kLengths) measure_columns(tile, notes, stage, step);
     start_product<V::kQPanels>(scores, of.left, of.right);
     shared.state_full[buffer].wait(parity(outputs, V::kStates));
-    if constexpr (!V::kBoth) fence_for_async();  // here, since the state has no time for it
+    if constexpr (!V::kStateFences) fence_for_async();
     start_reading(o, of, shared.states[buffer]);
     wgmma_wait<1>();
     wgmma_hold(scores);
@@ -285,11 +274,8 @@ struct OutputMaker {
     wgmma_hold(o);
     arrive_as_warp(shared.state_empty[buffer]);
     scale_rows(o, notes);
-    if (V::kLooksAtA && !(V::kLengths && second)) {
-      shared.looked[stage].wait(phase);
-      nonfinite = false;
-      for (const int found : notes.nonfinite[second]) nonfinite |= found != 0;
-    }
+    if constexpr (V::kLooksAtA) shared.looked[stage].wait(phase);
+    for (const int found : notes.nonfinite[second]) nonfinite |= found != 0;
     if (nonfinite) take_out(of.values, notes, stage, step);
     wgmma_hold(o);
     wgmma_hold(masked);
@@ -329,7 +315,7 @@ __device__ void make_outputs(const PassParams& p, SharedStorage<V>& shared, int 
     if (output && (V::kBoth || outputs % 2 == group))
       me.make(chunk, stage, step, outputs);
     else if (V::kLengths && !output && (V::kBoth || step % 2 == group))
-      me.measure_all(Stage<V>(shared, stage), shared.notes[stage], stage, me.second, false);
+      me.measure_columns(Stage<V>(shared, stage), shared.notes[stage], stage, step);
     outputs += output;
     me.phases ^= output << stage;
     arrive_as_warp(shared.empty[stage]);

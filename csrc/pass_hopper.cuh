@@ -3,7 +3,7 @@
 // A block walks through segments of heads, chunk by chunk, and its warpgroups share the work:
 //   fetch    copies the tiles of a chunk; only it knows the order, the others do what it says of each chunk
 //   store    copies outputs to global memory
-//   inspect  (two warps) prepares the weights of tokens and looks for some values that are not finite
+//   inspect  (two warps) prepares the weights of tokens, measures vectors and looks for values that are not finite
 //   state    keeps the state, transposed (E × D), in registers and shows it to the outputs before each chunk
 //   output   two of them: lengths, scores, masked, times values, plus what is read from the state; they take turns, or
 //            one makes the gradients of v and the other those of k
@@ -28,14 +28,14 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
       shared.full[stage].init(1);
       shared.ready[stage].init(kInspecting / 32);
       shared.looked[stage].init(kWarps + (V::kLooksAtB ? kInspecting / 32 : 0));
-      shared.measured[stage].init(V::kBoth ? 2 * kWarps : kWarps);
+      shared.measured[stage].init((V::kBoth ? 2 * kWarps : kWarps) + kInspecting / 32);
       shared.advanced[stage].init(kWarps);
       shared.scored[stage].init(2 * kWarps);
       shared.through[stage].init(kWarps);
       shared.put_down[stage].init(V::kBoth ? 2 * kWarps : kWarps);
       shared.empty[stage].init(2 * kWarps + 1);
       shared.notes[stage].n = -1;
-      for (int warp = 0; warp < kWarps; ++warp) shared.notes[stage].nonfinite[1][warp] = 0;
+      for (int i = 0; i < 4 * kWarps; ++i) shared.notes[stage].nonfinite[i / (2 * kWarps)][i % (2 * kWarps)] = 0;
     }
     for (int buffer = 0; buffer < V::kStates; ++buffer) {
       shared.state_full[buffer].init(kWarps);

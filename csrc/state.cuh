@@ -247,7 +247,7 @@ __device__ void keep_state(const PassParams& p, SharedStorage<V>& shared) {
         me.begin_output(chunk);
       }
       me.show(buffer);
-      if constexpr (V::kBoth) fence_for_async();
+      if constexpr (V::kStateFences) fence_for_async();
       arrive_as_warp(shared.state_full[buffer]);
       ++outputs;
     } else if (chunk.first) {

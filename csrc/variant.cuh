@@ -19,8 +19,11 @@ struct Variant {
   static constexpr Norm kNorm = kNorm_;
   static constexpr bool kBoth = kBoth_, kLengths = kNorm != Norm::kNone;
   static constexpr bool kThrough = kNorm == Norm::kValues || (kBoth && kLengths);  // a gradient through unit length
-  // Whether values are looked at for what is not finite: a by the state, b by `inspect`; else they are measured.
+  // Who looks for values that are not finite: the state at a, `inspect` at b, or they are measured.
   static constexpr bool kLooksAtA = kNorm != Norm::kValues, kLooksAtB = kBoth && !kLengths;
+  static constexpr bool kMeasuresValues = kLengths && (kBoth || kNorm == Norm::kValues);
+  // Who makes the state's copy visible to the tensor cores: the state, where the outputs have less time, or they.
+  static constexpr bool kStateFences = kBoth || kE < kD;
   static constexpr int kThreads = 4 * kWarpgroup;
   // Registers of a thread, of the 512 that four warpgroups share: what the compiler needs without spilling.
   static constexpr bool kSmall = kD * kE <= 64 * 64, kDeep = kD > 128;
@@ -80,8 +83,8 @@ struct Notes {
   float scaled[V::kLengths ? kChunk : 1];  // writing, times columns
   // To take a gradient through unit length: 1 / |x|, and 1 / |x|² or 0 for vectors divided by a constant.
   float inverse[V::kThrough ? kChunk : 1], along[V::kThrough ? kChunk : 1];
-  // Whether a warp found something that is not finite in a, the values of the first output, or b, those of the second.
-  int nonfinite[2][kWarpgroup / 32];
+  // Whether warps found something that is not finite in the values of the first output and the second.
+  int nonfinite[2][2 * kWarpgroup / 32];
   unsigned long long bad[2][V::kD < V::kE ? V::kE : V::kD];  // which tokens, for each column; else undefined
 };
 
