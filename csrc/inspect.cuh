@@ -97,8 +97,9 @@ __device__ void inspect(const PassParams& p, SharedStorage<V>& shared, int threa
     me.prepare(chunk, tile, notes);
     arrive_as_warp(shared.ready[stage]);  // the next may come soon, if the state alone needs this one
     if constexpr (V::kLengths) {
+      constexpr bool kScores = V::kNorm != Norm::kValues;  // of their rows; else through whose length a gradient goes
       if (output) me.measure_rows(tile, notes);
-      arrive_as_warp(shared.measured[stage]);
+      arrive_as_warp((kScores ? shared.measured : shared.looked)[stage]);
     }
     if (V::kLooksAtB && output) {
       me.look(tile.b(), notes);

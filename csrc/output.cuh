@@ -56,6 +56,8 @@ struct OutputMaker {
   __device__ OutputMaker(const PassParams& p, SharedStorage<V>& shared, int group)
       : p(p), shared(shared), group(group), second(V::kBoth && group == 1) {}
 
+  __device__ int phase_of(int stage) const { return phases >> stage & 1; }
+
   // left rightᵀ of two tiles.
   template <int kPanels>
   __device__ void start_product(float (&products)[32], const uint8_t* left_tile, const uint8_t* right_tile) {
@@ -151,7 +153,7 @@ struct OutputMaker {
     const Lane at;
     auto& bad = notes.bad[second];
     shared.advanced[stage].wait(parity(step, V::kStages));
-    if constexpr (V::kBoth) shared.scored[stage].wait(phases >> stage & 1);
+    if constexpr (V::kBoth) shared.scored[stage].wait(phase_of(stage));
     for (int x = at.thread; x < kColumns; x += kWarpgroup) bad[x] = 0;
     sync_threads(2 + group, kWarpgroup);
 #pragma unroll 1
@@ -257,24 +259,27 @@ struct OutputMaker {
     const Stage<V> tile(shared, stage);
     const Operands<V> of(tile, second);
     Notes<V>& notes = shared.notes[stage];
-    const int buffer = outputs % V::kStates, phase = phases >> stage & 1;
+    const int buffer = outputs % V::kStates;
     float scores[32], o[kColumns / 2];
     uint32_t masked[4][4];
     bool nonfinite = false;
     if constexpr (V::kLengths) measure_columns(tile, notes, stage, step);
+    if (V::kEarly && chunk.cut_off(p)) shared.ready[stage].wait(parity(step, V::kStages));
     start_product<V::kQPanels>(scores, of.left, of.right);
     shared.state_full[buffer].wait(parity(outputs, V::kStates));
     if constexpr (!V::kStateFences) fence_for_async();
     start_reading(o, of, shared.states[buffer]);
+    if constexpr (V::kEarly) shared.ready[stage].wait(parity(step, V::kStages));
     wgmma_wait<1>();
     wgmma_hold(scores);
     if constexpr (V::kBoth) arrive_as_warp(shared.scored[stage]);
+    if constexpr (kValues) shared.looked[stage].wait(parity(step, V::kStages));
     mask(masked, scores, notes);
     wgmma_wait<0>();
     wgmma_hold(o);
     arrive_as_warp(shared.state_empty[buffer]);
     scale_rows(o, notes);
-    if constexpr (V::kLooksAtA) shared.looked[stage].wait(phase);
+    if constexpr (V::kLooksAtA) shared.looked[stage].wait(phase_of(stage));
     for (const int found : notes.nonfinite[second]) nonfinite |= found != 0;
     if (nonfinite) take_out(of.values, notes, stage, step);
     wgmma_hold(o);
@@ -289,7 +294,7 @@ struct OutputMaker {
       if (second)
         arrive_as_warp(shared.through[stage]);
       else
-        shared.through[stage].wait(phase);
+        shared.through[stage].wait(phase_of(stage));
     }
     if (!V::kBoth && p.partial != nullptr) {
       store_part(o, chunk);
@@ -308,14 +313,16 @@ __device__ void make_outputs(const PassParams& p, SharedStorage<V>& shared, int 
   int outputs = 0;
   for (int step = 0;; ++step) {
     const int stage = step % V::kStages;
-    shared.ready[stage].wait(parity(step, V::kStages));
+    (V::kEarly ? shared.full : shared.ready)[stage].wait(parity(step, V::kStages));
     const Chunk& chunk = shared.chunks[stage];
     if (chunk.kind == Kind::kEnd) return;
     const bool output = chunk.kind == Kind::kOutput;
-    if (output && (V::kBoth || outputs % 2 == group))
+    if (output && (V::kBoth || outputs % 2 == group)) {
       me.make(chunk, stage, step, outputs);
-    else if (V::kLengths && !output && (V::kBoth || step % 2 == group))
+    } else if (V::kLengths && !output && (V::kBoth || step % 2 == group)) {
       me.measure_columns(Stage<V>(shared, stage), shared.notes[stage], stage, step);
+      if constexpr (V::kNorm == Norm::kValues) shared.looked[stage].wait(parity(step, V::kStages));
+    }
     outputs += output;
     me.phases ^= output << stage;
     arrive_as_warp(shared.empty[stage]);

@@ -23,12 +23,13 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<SharedStorage<V>*>(memory);
   constexpr int kWarps = kWarpgroup / 32;
+  constexpr bool kValues = V::kNorm == Norm::kValues;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < V::kStages; ++stage) {
       shared.full[stage].init(1);
       shared.ready[stage].init(kInspecting / 32);
-      shared.looked[stage].init(kWarps + (V::kLooksAtB ? kInspecting / 32 : 0));
-      shared.measured[stage].init((V::kBoth ? 2 * kWarps : kWarps) + kInspecting / 32);
+      shared.looked[stage].init((V::kLooksAtA ? kWarps : 0) + (V::kLooksAtB || kValues ? kInspecting / 32 : 0));
+      shared.measured[stage].init((V::kBoth ? 2 * kWarps : kWarps) + (kValues ? 0 : kInspecting / 32));
       shared.advanced[stage].init(kWarps);
       shared.scored[stage].init(2 * kWarps);
       shared.through[stage].init(kWarps);

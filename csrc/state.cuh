@@ -236,7 +236,7 @@ __device__ void keep_state(const PassParams& p, SharedStorage<V>& shared) {
   };
   for (int step = 0;; ++step) {
     const int stage = step % V::kStages;
-    shared.ready[stage].wait(parity(step, V::kStages));
+    (V::kEarly ? shared.full : shared.ready)[stage].wait(parity(step, V::kStages));
     const Chunk& chunk = shared.chunks[stage];
     if (chunk.kind == Kind::kEnd) return;
     if (chunk.kind == Kind::kOutput) {
@@ -255,6 +255,7 @@ __device__ void keep_state(const PassParams& p, SharedStorage<V>& shared) {
     }
     const Stage<V> tile(shared, stage);
     const Notes<V>& notes = shared.notes[stage];
+    if constexpr (V::kEarly) shared.ready[stage].wait(parity(step, V::kStages));
     if constexpr (V::kLengths) shared.measured[stage].wait(parity(step, V::kStages));
     NonfiniteSearch<typename V::Element> search;
 #pragma unroll

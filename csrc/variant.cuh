@@ -41,6 +41,8 @@ struct Variant {
   static constexpr int kNotes = kChunk * 40 + 256 + 16 * (kD < kE ? kE : kD);  // bytes of Notes and Chunk, at most
   static constexpr int kFit = (226 * 1024 - kStates * kStateBytes) / (kStageBytes + kNotes);
   static constexpr int kStages = kFit < 8 ? kFit : 8;
+  // Whether state and outputs begin with a stage before its weights are known: of few stages all time counts.
+  static constexpr bool kEarly = kStages == 2 && !kLengths;
 };
 
 enum class Kind : int {
