@@ -94,16 +94,17 @@ struct OutputMaker {
     shared.measured[stage].wait(parity(step, V::kStages));
   }
 
-  __device__ void start_reading(float (&o)[kColumns / 2], const Operands<V>& of, const uint8_t* state) {
-    const uint32_t left = address_now(of.left), right = address_now(state);
+  // left S, or left Sᵀ.
+  template <int kTransposed>
+  __device__ void start_reading(float (&o)[kColumns / 2], const uint8_t* left_tile, const uint8_t* state) {
+    const uint32_t left = address_now(left_tile), right = address_now(state);
     wgmma_fence();
 #pragma unroll
     for (int x = 0; x < V::kD / 16; ++x) {
-      const uint64_t a = descriptor(left + x / 4 * kPanelBytes + x % 4 * 32);
-      if (second)
-        wgmma<Element, kColumns, 1>(o, a, descriptor(right + x * 16 * kPanelRow, kPanelOfState), x > 0);
-      else
-        wgmma<Element, kColumns, 0>(o, a, descriptor(right + x / 4 * kPanelOfState + x % 4 * 32), x > 0);
+      const uint32_t at = kTransposed ? x * 16 * kPanelRow : x / 4 * kPanelOfState + x % 4 * 32;
+      wgmma<Element, kColumns, kTransposed>(
+          o, descriptor(left + x / 4 * kPanelBytes + x % 4 * 32),
+          kTransposed ? descriptor(right + at, kPanelOfState) : descriptor(right + at), x > 0);
     }
     wgmma_commit();
   }
@@ -268,7 +269,10 @@ struct OutputMaker {
     start_product<V::kQPanels>(scores, of.left, of.right);
     shared.state_full[buffer].wait(parity(outputs, V::kStates));
     if constexpr (!V::kStateFences) fence_for_async();
-    start_reading(o, of, shared.states[buffer]);
+    if (second)
+      start_reading<1>(o, of.left, shared.states[buffer]);
+    else
+      start_reading<0>(o, of.left, shared.states[buffer]);
     if constexpr (V::kEarly) shared.ready[stage].wait(parity(step, V::kStages));
     wgmma_wait<1>();
     wgmma_hold(scores);

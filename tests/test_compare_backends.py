@@ -1,0 +1,79 @@
+"""scripts/compare_backends.py: the same training with each backend of lightning attention."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ops.lightning_attention import cuda_unavailable_reason
+from scripts.compare_backends import batches, main, only
+
+CONFIG = (
+    "model: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, vocab_size: 512}"
+)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    (tmp_path / "text.txt").write_bytes(b"the quick brown fox jumps over the lazy dog. " * 50)
+    return ["--config", str(tmp_path / "tiny.yaml"), "--text", str(tmp_path / "text.txt"), "--batch", "2"]
+
+
+def test_runs_of_one_backend_are_equal_and_learn(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main([*files, "--backends", "torch", "torch", "--tokens", "64", "--steps", "30", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "torch against torch: largest difference 0.0000, mean 0.0000" in out
+    losses = [float(x) for x in re.findall(r"\d+\.\d+", out.splitlines()[-2])]
+    assert losses[0] == pytest.approx(6.24, abs=0.3)  # ln 512
+    assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_kernels_learn_what_pytorch_learns(
+    precision: str, files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = torch.zeros(1, 1, 1, 8, device="cuda", dtype=torch.bfloat16)
+    if (reason := cuda_unavailable_reason(x, x)) is not None:
+        pytest.skip(reason)
+    main([*files, "--tokens", "200", "--steps", "30", "--precision", precision, "--qk-norm", "l2"])
+    gap = re.search(r"cuda against torch: largest difference (\S+),", capsys.readouterr().out)
+    assert gap is not None
+    assert float(gap[1]) < 0.02
+
+
+def test_what_the_kernels_are_kept_from_is_given_back() -> None:
+    module = sys.modules["ops.lightning_attention"]
+    before = module.cuda_unavailable_reason
+    with only("torch"):
+        assert module.cuda_unavailable_reason(torch.zeros(1), torch.zeros(1)) == "kept from the kernels"
+    assert module.cuda_unavailable_reason is before
+
+
+def test_batches_begin_again() -> None:
+    given = batches(bytes(range(10)), 1000, 1, 2)
+    first = [next(given).tolist() for _ in range(3)]
+    assert first == [[[1, 515]], [[1029 % 1000, 1543 % 1000]], [[1, 515]]]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--steps", "10"], "--steps: expected more than 10, got 10"),
+        (["--device", "cpu"], "--backends: cuda needs a GPU, --device is cpu"),
+    ],
+)
+def test_wrong_options(change: list[str], said: str, files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*files, *change])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_text_too_short_is_an_error(files: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^text: expected 8192 bytes for a batch, got 2250$"):
+        main([*files, "--backends", "torch", "--tokens", "2048", "--device", "cpu"])
