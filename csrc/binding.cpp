@@ -16,6 +16,7 @@
 
 #include "combine.h"
 #include "step.h"
+#include "unit_length.h"
 #include "variants.h"
 
 namespace {
@@ -70,17 +71,30 @@ const float* log_decay_of(const std::optional<Tensor>& log_decay, const Tensor& 
   return static_cast<const float*>(log_decay->data_ptr());
 }
 
+decltype(&cuTensorMapEncodeTiled) find_encode() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+  CHECK(found == cudaDriverEntryPointSuccess, "the driver has no cuTensorMapEncodeTiled");
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+}
+
+// A map of 5 dims, of whose last 4 strides are given, in bytes.
+CUtensorMap encode(const char* name, void* data, CUtensorMapDataType type, const cuuint64_t (&sizes)[5],
+                   const cuuint64_t (&strides)[4], const cuuint32_t (&box)[5], CUtensorMapSwizzle swizzle) {
+  static const auto function = find_encode();
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult result = function(&map, type, 5, data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                   swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CHECK(result == CUDA_SUCCESS, name, ": no tensor map, error ", int(result));
+  return map;
+}
+
 // A (B, heads, T, width) tensor for the copy engine, in boxes of 64 tokens and the panels of a tile `columns` wide, or
 // of one panel where a panel would end beyond the tensor's width. A dim that is expanded has one entry: `batch` becomes
 // 0, and `group` all query heads.
 TiledTensor tiled(const Tensor& x, const char* name, int64_t query_heads, int columns) {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
-    CHECK(found == cudaDriverEntryPointSuccess, "the driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
   CHECK(x.dim() == 4, name, ": expected 4 dims, got ", x.dim());
   CHECK(x.size(3) % 8 == 0 && x.size(3) > 0, name, ": expected a width that 8 divides, got ", x.size(3));
   CHECK(x.stride(3) == 1, name, ": expected the last dim contiguous");
@@ -100,12 +114,18 @@ TiledTensor tiled(const Tensor& x, const char* name, int64_t query_heads, int co
     CHECK(strides[i] > 0 && strides[i] % 16 == 0, name, ": expected strides of whole 16 bytes");
   }
   CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name, ": expected 16-byte aligned");
-  const cuuint32_t box[5] = {64, 64, tiled.at_once ? cuuint32_t(columns / 64) : 1, 1, 1}, steps[5] = {1, 1, 1, 1, 1};
-  const CUresult result = encode(&tiled.map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, x.data_ptr(), sizes, strides, box,
-                                 steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  CHECK(result == CUDA_SUCCESS, name, ": no tensor map, error ", int(result));
+  const cuuint32_t box[5] = {64, 64, tiled.at_once ? cuuint32_t(columns / 64) : 1, 1, 1};
+  tiled.map =
+      encode(name, x.data_ptr(), CU_TENSOR_MAP_DATA_TYPE_UINT16, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
   return tiled;
+}
+
+// Lengths (B, heads, T or a few more), `at_once` of them.
+CUtensorMap tiled_lengths(const Tensor& x, const char* name, int tokens, cuuint32_t at_once) {
+  const cuuint64_t row = x.size(2) * 4, heads = x.size(1);
+  return encode(name, x.data_ptr(), CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+                {cuuint64_t(tokens), 1, 1, heads, cuuint64_t(x.size(0))}, {row, row, row, row * heads},
+                {at_once, 1, 1, 1, 1}, CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 // The same for the kernels that read memory by themselves.
@@ -227,7 +247,32 @@ void attend_float32(const Tensor& q, const Tensor& k, const Tensor& v, const std
   check_cuda(run_pass_float32(p, true, exact, slots * heads * p.d_tiles * p.e_tiles, stream_of(k)));
 }
 
+// Lengths of vectors: kept where the output is made, if asked for, and read where gradients are.
+void fill_lengths(PassParams& p, const Tensor& of_rows, const Tensor& of_columns, const std::optional<Tensor>& rows,
+                  const std::optional<Tensor>& columns, bool read) {
+  CHECK(rows.has_value() == columns.has_value() && (rows.has_value() || !read),
+        "row_lengths, column_lengths: expected where they are read");
+  if (!rows) return;
+  CHECK(p.norm != Norm::kNone, "row_lengths, column_lengths: expected with a norm alone");
+  const int64_t tokens = (p.tokens + 3) / 4 * 4;  // rows of whole 16 bytes
+  const auto check = [&](const Tensor& x, const char* name, const Tensor& of) {
+    check_same(x, name, ScalarType::Float, of);
+    check_shape(x, name, {of.size(0), of.size(1), tokens});
+    CHECK(x.is_contiguous(), name, ": expected contiguous");
+  };
+  check(*rows, "row_lengths", of_rows);
+  check(*columns, "column_lengths", of_columns);
+  p.row_lengths = tiled_lengths(*rows, "row_lengths", p.tokens, read ? kLengthsAtOnce : 64);
+  p.column_lengths = tiled_lengths(*columns, "column_lengths", p.tokens, read ? kLengthsAtOnce : 64);
+  p.kept_rows = static_cast<float*>(rows->data_ptr());
+  p.kept_columns = static_cast<float*>(columns->data_ptr());
+  p.kept_stride = tokens;
+  p.kept_group = p.heads / of_columns.size(1);
+  p.keeps = !read;
+}
+
 void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& x,
+            const std::optional<Tensor>& row_lengths, const std::optional<Tensor>& column_lengths,
             const std::optional<Tensor>& log_decay, const std::optional<Tensor>& initial,
             const std::optional<Tensor>& table, const std::optional<Tensor>& chain, const std::optional<Tensor>& counts,
             const Tensor& out, const std::optional<Tensor>& out_of_k, const std::optional<Tensor>& final,
@@ -253,6 +298,12 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
     check_shape(*x, "x", {p.batch, heads, p.tokens, p.e});
     p.x = tiled(*x, "x", heads, tile.e);
   }
+  if (p.norm == Norm::kValues)
+    fill_lengths(p, *x, v, row_lengths, column_lengths, true);
+  else if (both)
+    fill_lengths(p, k, q, row_lengths, column_lengths, p.norm != Norm::kNone);
+  else
+    fill_lengths(p, q, k, row_lengths, column_lengths, false);
   fill_output(p, out, k);
   if (p.out != nullptr) p.out_tiles = tiled(out, "out", heads, tile.e);
   if (both) {
@@ -321,6 +372,24 @@ void combine(const Tensor& parts, const Tensor& out) {
                          element_type(out, "out"), stream_of(out)));
 }
 
+void unit_length(const Tensor& x, const std::optional<Tensor>& grad, const Tensor& out) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  UnitLengthParams p{};
+  p.x = view_of(x, "x", x.size(1));
+  if (grad) {
+    check_same(*grad, "grad", x.scalar_type(), x);
+    check_shape(*grad, "grad", {x.size(0), x.size(1), x.size(2), x.size(3)});
+    p.grad = view_of(*grad, "grad", x.size(1));
+  }
+  CHECK(x.size(3) <= 1024, "x: expected at most 1024 wide, got ", x.size(3));
+  check_same(out, "out", x.scalar_type(), x);
+  check_shape(out, "out", {x.size(0), x.size(1), x.size(2), x.size(3)});
+  CHECK(out.is_contiguous(), "out: expected contiguous");
+  p.out = out.data_ptr();
+  p.rows = x.size(0) * x.size(1) * x.size(2), p.heads = x.size(1), p.tokens = x.size(2), p.width = x.size(3);
+  check_cuda(run_unit_length(p, element_type(x, "x"), stream_of(x)));
+}
+
 void step(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
           const Tensor& state, const Tensor& out) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
@@ -354,10 +423,9 @@ void step(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional
 STABLE_TORCH_LIBRARY(transnormer_kernels, m) {
   m.def("plan(Tensor cu_seqlens, int tokens, int segment_length, int whole, Tensor(a!) table) -> ()");
   m.def(
-      "attend(Tensor q, Tensor k, Tensor v, Tensor? x, Tensor? log_decay, Tensor? initial, Tensor? table,"
-      " Tensor(a!)? chain, Tensor(b!)? counts, Tensor(c!) out, Tensor(d!)? out_of_k, Tensor(e!)? "
-      "final,"
-      " int segment_length, bool reverse, int norm) -> ()");
+      "attend(Tensor q, Tensor k, Tensor v, Tensor? x, Tensor(a!)? row_lengths, Tensor(b!)? column_lengths,"
+      " Tensor? log_decay, Tensor? initial, Tensor? table, Tensor(c!)? chain, Tensor(d!)? counts, Tensor(e!) out,"
+      " Tensor(f!)? out_of_k, Tensor(g!)? final, int segment_length, bool reverse, int norm) -> ()");
   m.def(
       "states_float32(Tensor k, Tensor v, Tensor? log_decay, Tensor? initial, Tensor? table, Tensor(a!) carry,"
       " int heads, int segment_length, bool reverse, bool exact) -> ()");
@@ -368,6 +436,7 @@ STABLE_TORCH_LIBRARY(transnormer_kernels, m) {
       "decay_gradient(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? initial, Tensor? table, Tensor grad_o,"
       " Tensor? grad_state, Tensor(a!) parts, bool exact) -> ()");
   m.def("combine(Tensor parts, Tensor(a!) out) -> ()");
+  m.def("unit_length(Tensor x, Tensor? grad, Tensor(a!) out) -> ()");
   m.def("step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, Tensor(b!) out) -> ()");
 }
 
@@ -378,5 +447,6 @@ STABLE_TORCH_LIBRARY_IMPL(transnormer_kernels, CUDA, m) {
   m.impl("attend_float32", TORCH_BOX(&attend_float32));
   m.impl("decay_gradient", TORCH_BOX(&decay_gradient));
   m.impl("combine", TORCH_BOX(&combine));
+  m.impl("unit_length", TORCH_BOX(&unit_length));
   m.impl("step", TORCH_BOX(&step));
 }

@@ -41,27 +41,25 @@ struct Fetcher {
   template <int kPanels>
   __device__ static void copy(uint8_t* to, const TiledTensor& from, const Source& source, Barrier& barrier, Keep keep,
                               int token, int tile) {
-    const int panel = tile * kPanels;
-    if (kPanels == 1 || from.at_once) {
-      copy_box(to, from.map, barrier, keep, from.corner(panel, token, source.head, source.batch));
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < kPanels; ++i)
-        copy_box(to + i * kPanelBytes, from.map, barrier, keep,
-                 from.corner(panel + i, token, source.head, source.batch));
-    }
+    copy_in<kPanels>(to, from, barrier, keep, tile * kPanels, token, source.head, source.batch);
+  }
+
+  __device__ static void copy_lengths(Lengths& to, const CUtensorMap& from, const Source& source, Barrier& barrier,
+                                      Keep keep, int token) {
+    copy_box(to.values, from, barrier, keep, {token / 4 * 4, 0, 0, source.head, source.batch});
   }
 
   // All chunks of the next segment, once to find its state where later segments need it, and once for the outputs.
   __device__ void segment(int first_token) {
     const Source q_source(p.q, shared.next), k_source(p.k, shared.next), v_source(p.v, shared.next),
-        x_source(V::kFourth ? p.x : p.v, shared.next);
+        x_source(V::kBoth || V::kLate ? p.x : p.v, shared.next);
     const int d = shared.next.d_tile, e = shared.next.e_tile, length = shared.next.length;
     const int chunks = max(1, (length + kChunk - 1) / kChunk);
     for (int round = shared.next.ends ? 1 : 0; round < 2; ++round) {
-      const bool all = round == 1, x = V::kBoth || (V::kThrough && all);
+      const bool all = round == 1, x = V::kBoth;
       const bool v = all || !V::kBoth, q = all || V::kBoth, k = all || !V::kBoth;
-      const int bytes = ((q + k) * V::kQPanels + (v + x) * V::kVPanels) * kPanelBytes;
+      const int bytes = ((q + k) * V::kQPanels + (v + x) * V::kVPanels) * kPanelBytes +
+                        (V::kReadsLengths ? 2 * sizeof(Lengths::values) : 0);
       const Kind kind = all ? Kind::kOutput : Kind::kAdvance;
       const Keep hint = keep(kind);
       for (int i = 0; i < chunks; ++i) {
@@ -82,6 +80,10 @@ struct Fetcher {
         if (q) copy<V::kQPanels>(tile.q, p.q, q_source, full, hint, token, d);
         if (v) copy<V::kVPanels>(tile.v, p.v, v_source, full, hint, token, e);
         if (x) copy<V::kVPanels>(tile.x, p.x, x_source, full, hint, token, e);
+        if constexpr (V::kReadsLengths) {
+          copy_lengths(shared.lengths[stage][0], p.row_lengths, V::kBoth ? k_source : x_source, full, hint, token);
+          copy_lengths(shared.lengths[stage][1], p.column_lengths, V::kBoth ? q_source : v_source, full, hint, token);
+        }
       }
     }
   }

@@ -1,5 +1,5 @@
-// Makes what outputs and state need to know of a chunk: weights of its tokens, and whether some values are not finite;
-// clears rows of other sequences.
+// Makes what outputs and state need to know of a chunk: weights of its tokens, lengths, and whether some values are not
+// finite; clears rows of other sequences.
 #pragma once
 
 #include "decay.cuh"
@@ -46,16 +46,35 @@ struct Inspector {
     }
   }
 
-  // The vectors of the scores' rows, or through whose length a gradient goes.
-  __device__ void measure_rows(const Stage<V>& tile, Notes<V>& notes) {
-    constexpr int kPanels = V::kNorm == Norm::kValues ? V::kVPanels : V::kQPanels;
+  // The vectors of the scores' rows.
+  __device__ void measure_rows(const Stage<V>& tile, Notes<V>& notes, Lengths& kept) {
     static_assert(kInspecting == kChunk);
-    uint8_t* rows = V::kNorm == Norm::kValues ? tile.x : V::kBoth ? tile.k : tile.q;
-    measure<Element, kPanels, 1>(rows, thread, 0, [&](Length x) {
+    measure<Element, V::kQPanels, 1>(tile.q, thread, 0, [&](Length x) {
       notes.rows[thread] = x.unit;
-      if constexpr (V::kThrough)
-        notes.inverse[thread] = x.inverse, notes.along[thread] = x.constant ? 0.f : x.unit * x.unit;
+      kept.values[thread] = x.inverse;
     });
+  }
+
+  // The same of lengths that were kept: of the scores' columns, and of the rows of two outputs. Such a length is NaN
+  // where a value is not finite.
+  __device__ void use_lengths(const Chunk& chunk, const Stage<V>& tile, Notes<V>& notes, const Lengths (&kept)[2]) {
+    constexpr int kPanels = V::kBoth ? V::kQPanels : V::kVPanels;
+    const float inverse = thread < chunk.n ? kept[1].of(chunk, thread) : 1.f;
+    const float column = length_of_kept<Element, 1>(inverse, V::kBoth ? tile.b() : tile.v, kPanels, thread).unit;
+    notes.columns[thread] = column;
+    notes.scaled[thread] = column * notes.writing[thread];
+    const bool nonfinite = __any_sync(~0u, isnan(column));
+    if (thread % 32 == 0) notes.nonfinite[V::kBoth][thread / 32] = nonfinite;
+    if constexpr (V::kBoth) notes.rows[thread] = use_length_of_row(chunk, tile.k, notes, kept[0]);
+  }
+
+  // Of the vectors that a gradient is taken to. Returns what makes this thread's of unit length.
+  __device__ float use_length_of_row(const Chunk& chunk, uint8_t* vectors, Notes<V>& notes, const Lengths& kept) {
+    const float inverse = thread < chunk.n ? kept.of(chunk, thread) : 1.f;
+    const Length row = length_of_kept<Element, 1>(inverse, vectors, V::kBoth ? V::kQPanels : V::kVPanels, thread);
+    notes.inverse[thread] = row.inverse;
+    notes.along[thread] = row.along();
+    return row.unit;
   }
 
   // Whether a value of b is not finite: the values of the second output. Those of the first pass through the state's
@@ -83,6 +102,7 @@ struct Inspector {
 template <class V>
 __device__ void inspect(const PassParams& p, SharedStorage<V>& shared, int thread) {
   Inspector<V> me{p, shared, thread};
+  int phases = 0;  // as in `output.cuh`
   for (int step = 0;; ++step) {
     const int stage = step % V::kStages;
     shared.full[stage].wait(parity(step, V::kStages));
@@ -95,11 +115,21 @@ __device__ void inspect(const PassParams& p, SharedStorage<V>& shared, int threa
     Notes<V>& notes = shared.notes[stage];
     const bool output = chunk.kind == Kind::kOutput;
     me.prepare(chunk, tile, notes);
+    if constexpr (V::kReadsLengths) me.use_lengths(chunk, tile, notes, shared.lengths[stage]);
     arrive_as_warp(shared.ready[stage]);  // the next may come soon, if the state alone needs this one
-    if constexpr (V::kLengths) {
-      constexpr bool kScores = V::kNorm != Norm::kValues;  // of their rows; else through whose length a gradient goes
-      if (output) me.measure_rows(tile, notes);
-      arrive_as_warp((kScores ? shared.measured : shared.looked)[stage]);
+    if constexpr (V::kMeasures) {
+      if (output) me.measure_rows(tile, notes, shared.lengths[stage][0]);
+      arrive_as_warp(shared.measured[stage]);
+    }
+    if constexpr (V::kLate) {
+      const auto& kept = shared.lengths[stage][0];
+      if (output) {  // vectors are needed where a length alone does not do
+        if (__any_sync(~0u, thread < chunk.n && !is_ordinary<typename V::Element>(kept.of(chunk, thread))))
+          shared.through[stage].wait(phases >> stage & 1);
+        me.use_length_of_row(chunk, tile.x, notes, kept);
+        phases ^= 1 << stage;
+      }
+      arrive_as_warp(shared.measured[stage]);
     }
     if (V::kLooksAtB && output) {
       me.look(tile.b(), notes);

@@ -9,12 +9,15 @@ struct Length {
   float unit;     // what makes the row of the tile, as it now is, of unit length
   float inverse;  // 1 / |x| of the row as it was
   bool constant;  // shorter vectors are divided by kMinLength
+
+  // What the part of a gradient along the row is multiplied with: 1 / |x|², or 0 for vectors divided by a constant.
+  __device__ float along() const { return constant ? 0.f : unit * unit; }
 };
 
 // Of a row whose square the types can't hold well: it is first multiplied by a power of two, in place, which changes no
 // digit.
-// kThreads only makes it a function for each caller: the compiler gives up registers of warpgroups that share one.
-template <class Element, int kThreads>
+// kCaller only makes it a function for each caller: the compiler gives up registers of warpgroups that share one.
+template <class Element, int kCaller>
 __device__ __noinline__ Length length_of_extreme(uint8_t* tile, int panels, int row) {
   const auto address = [&](int piece) {
     return shared_address(tile) + piece / 8 * kPanelBytes + piece_offset(row, piece % 8);
@@ -50,13 +53,32 @@ __device__ __noinline__ Length length_of_extreme(uint8_t* tile, int panels, int 
   return {unit, unit * scale, length <= least};
 }
 
-template <class Element, int kThreads>
+// Lengths of which the square is held well.
+template <class Element>
+struct Ordinary {
+  static constexpr bool kHalf = std::is_same_v<Element, __half>;
+  static constexpr float kLeast = kHalf ? 0x1p-4f : 0x1p-19f, kMost = kHalf ? 0x1p6f : 0x1p40f;
+  static_assert(kLeast > kMinLength);
+};
+
+template <class Element, int kCaller>
 __device__ inline Length length_of(float square, uint8_t* tile, int panels, int row) {
-  constexpr bool kHalf = std::is_same_v<Element, __half>;
-  constexpr float kLeast = kHalf ? 0x1p-8f : 0x1p-39f, kMost = kHalf ? 0x1p12f : 0x1p80f;
-  if (!(square >= kLeast && square <= kMost)) return length_of_extreme<Element, kThreads>(tile, panels, row);
+  constexpr float kLeast = Ordinary<Element>::kLeast, kMost = Ordinary<Element>::kMost;
+  if (!(square >= kLeast * kLeast && square <= kMost * kMost))
+    return length_of_extreme<Element, kCaller>(tile, panels, row);
   const float unit = rsqrtf(square);
   return {unit, unit, false};
+}
+
+// The same of a row of which 1 / |x| was kept.
+template <class Element>
+__device__ inline bool is_ordinary(float inverse) {
+  return inverse >= 1.f / Ordinary<Element>::kMost && inverse <= 1.f / Ordinary<Element>::kLeast;
+}
+template <class Element, int kCaller>
+__device__ inline Length length_of_kept(float inverse, uint8_t* tile, int panels, int row) {
+  if (!is_ordinary<Element>(inverse)) return length_of_extreme<Element, kCaller>(tile, panels, row);
+  return {inverse, inverse, false};
 }
 
 // Calls use(length) in one of the kThreads neighbouring threads that share a row of a tile, the one with part 0.

@@ -75,21 +75,16 @@ struct OutputMaker {
   }
 
   // Measures the vectors of the scores' columns, which the state waits for, and waits until those of rows are measured
-  // too. Two outputs share the work.
+  // too.
   __device__ void measure_columns(const Stage<V>& tile, Notes<V>& notes, int stage, int step) {
     const Lane at;
-    constexpr int kThreads = V::kBoth ? 4 : 2, kPanels = kValues ? V::kVPanels : V::kQPanels;
-    const int row = at.thread / kThreads + (second ? kChunk / 2 : 0);
-    bool nonfinite = false;
-    measure<Element, kPanels, kThreads>(kValues ? tile.v : tile.b(), row, at.thread % kThreads, [&](Length x) {
+    constexpr int kThreads = 2;
+    const int row = at.thread / kThreads;
+    measure<Element, V::kQPanels, kThreads>(tile.k, row, at.thread % kThreads, [&](Length x) {
       notes.columns[row] = x.unit;
       notes.scaled[row] = x.unit * notes.writing[row];
-      nonfinite = isnan(x.unit);
+      shared.lengths[stage][1].values[row] = x.inverse;
     });
-    if constexpr (V::kMeasuresValues) {
-      nonfinite = __any_sync(~0u, nonfinite);
-      if (at.lane == 0) notes.nonfinite[V::kBoth][(second ? 4 : 0) + at.thread / 32] = nonfinite;
-    }
     arrive_as_warp(shared.measured[stage]);
     shared.measured[stage].wait(parity(step, V::kStages));
   }
@@ -185,18 +180,30 @@ struct OutputMaker {
     }
   }
 
+  // Lets the vectors through whose unit length the output is taken come where nobody needs k any more.
+  __device__ void call_for_vectors(const Chunk& chunk, const Stage<V>& tile, int stage, int step) {
+    if (Lane().thread != 0) return;
+    shared.scored[stage].wait(phase_of(stage));
+    shared.advanced[stage].wait(parity(step, V::kStages));
+    shared.through[stage].arrive_expecting(V::kVPanels * kPanelBytes);
+    copy_in<V::kVPanels>(tile.x, p.x, shared.through[stage], chunk.in_turn ? Keep::kShort : Keep::kNormal, 0,
+                         chunk.token, chunk.head / p.x.group, chunk.batch * p.x.batch);
+  }
+
   // The gradient of u = x / |x| to that of x: (du - (du·u) u) / |x|, equation (4).
   __device__ void through_unit_length(float (&o)[kColumns / 2], const uint8_t* vectors, const Notes<V>& notes) {
-    const Lane at;
-    const uint32_t base = shared_address(vectors);
-    uint32_t x[kColumns / 16][4];  // as o, in pairs
-#pragma unroll
-    for (int n = 0; n < kColumns / 16; ++n) load_blocks<false>(x[n], base + n / 4 * kPanelBytes + at.block(n % 4));
     float along[2] = {};
+    uint32_t base = address_now(vectors);
+    Lane at;
 #pragma unroll
-    for (int n = 0; n < kColumns / 4; ++n) {
-      const float2 pair = unpack<Element>(x[n / 4][n % 4]);
-      along[n % 2] += o[n * 2] * pair.x + o[n * 2 + 1] * pair.y;
+    for (int n = 0; n < kColumns / 16; ++n) {
+      uint32_t x[4];  // as o, in pairs
+      load_blocks<false>(x, base + n / 4 * kPanelBytes + at.block(n % 4));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack<Element>(x[i]);
+        along[i % 2] += o[n * 8 + i * 2] * pair.x + o[n * 8 + i * 2 + 1] * pair.y;
+      }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -205,11 +212,18 @@ struct OutputMaker {
       along[half] *= notes.along[at.row + half * 8];
     }
     const float inverse[2] = {notes.inverse[at.row], notes.inverse[at.row + 8]};
+    base = address_now(vectors), at = Lane();
 #pragma unroll
-    for (int n = 0; n < kColumns / 4; ++n) {
-      const float2 pair = unpack<Element>(x[n / 4][n % 4]);
-      o[n * 2] = (o[n * 2] - along[n % 2] * pair.x) * inverse[n % 2];
-      o[n * 2 + 1] = (o[n * 2 + 1] - along[n % 2] * pair.y) * inverse[n % 2];
+    for (int n = 0; n < kColumns / 16; ++n) {  // loaded again: there are no registers for all
+      uint32_t x[4];
+      load_blocks<false>(x, base + n / 4 * kPanelBytes + at.block(n % 4));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack<Element>(x[i]);
+        float *first = &o[n * 8 + i * 2], *next = first + 1;
+        *first = (*first - along[i % 2] * pair.x) * inverse[i % 2];
+        *next = (*next - along[i % 2] * pair.y) * inverse[i % 2];
+      }
     }
   }
 
@@ -264,8 +278,8 @@ struct OutputMaker {
     float scores[32], o[kColumns / 2];
     uint32_t masked[4][4];
     bool nonfinite = false;
-    if constexpr (V::kLengths) measure_columns(tile, notes, stage, step);
-    if (V::kEarly && chunk.cut_off(p)) shared.ready[stage].wait(parity(step, V::kStages));
+    if constexpr (V::kMeasures) measure_columns(tile, notes, stage, step);
+    if (V::kEarly && (V::kLengths || chunk.cut_off(p))) shared.ready[stage].wait(parity(step, V::kStages));
     start_product<V::kQPanels>(scores, of.left, of.right);
     shared.state_full[buffer].wait(parity(outputs, V::kStates));
     if constexpr (!V::kStateFences) fence_for_async();
@@ -276,12 +290,12 @@ struct OutputMaker {
     if constexpr (V::kEarly) shared.ready[stage].wait(parity(step, V::kStages));
     wgmma_wait<1>();
     wgmma_hold(scores);
-    if constexpr (V::kBoth) arrive_as_warp(shared.scored[stage]);
-    if constexpr (kValues) shared.looked[stage].wait(parity(step, V::kStages));
+    if constexpr (V::kBoth || V::kLate) arrive_as_warp(shared.scored[stage]);
     mask(masked, scores, notes);
     wgmma_wait<0>();
     wgmma_hold(o);
     arrive_as_warp(shared.state_empty[buffer]);
+    if constexpr (V::kLate) call_for_vectors(chunk, tile, stage, step);
     scale_rows(o, notes);
     if constexpr (V::kLooksAtA) shared.looked[stage].wait(phase_of(stage));
     for (const int found : notes.nonfinite[second]) nonfinite |= found != 0;
@@ -293,6 +307,10 @@ struct OutputMaker {
     wgmma_hold(o);
     wgmma_hold(masked);
     if (nonfinite) spoil(o, notes);
+    if constexpr (V::kLate) {
+      shared.through[stage].wait(phase_of(stage));
+      shared.measured[stage].wait(parity(step, V::kStages));
+    }
     if (V::kThrough && (!V::kBoth || second)) through_unit_length(o, of.through, notes);
     if constexpr (V::kBoth && V::kThrough) {  // one reads the tile that the other puts its output down in
       if (second)
@@ -323,9 +341,8 @@ __device__ void make_outputs(const PassParams& p, SharedStorage<V>& shared, int 
     const bool output = chunk.kind == Kind::kOutput;
     if (output && (V::kBoth || outputs % 2 == group)) {
       me.make(chunk, stage, step, outputs);
-    } else if (V::kLengths && !output && (V::kBoth || step % 2 == group)) {
+    } else if (V::kMeasures && !output && step % 2 == group) {
       me.measure_columns(Stage<V>(shared, stage), shared.notes[stage], stage, step);
-      if constexpr (V::kNorm == Norm::kValues) shared.looked[stage].wait(parity(step, V::kStages));
     }
     outputs += output;
     me.phases ^= output << stage;

@@ -38,6 +38,9 @@ struct TiledTensor {
   }
 };
 
+// Lengths are copied from the last token before that 4 divides: the copy engine begins where 16 bytes do.
+constexpr int kLengthsAtOnce = 64 + 4;
+
 constexpr double kMinLength = 1e-6;  // shorter vectors are divided by it: MIN_LENGTH of ops/numerics.py
 
 // Which vectors are divided by their length: r and c in equations (1) and (2) of README.md.
@@ -53,6 +56,14 @@ struct PassParams {
   // (B, heads, T, width), of 2-byte types. x is the gradient of the output where gradients of k and v are made
   // together, else the vectors through whose unit length the output, a gradient, is taken.
   TiledTensor q, k, v, x;
+  // 1 / |x|, (B, heads, T) in float32: of q and k, which are written where `keeps` and the output is made; else they
+  // are read, of vectors in the places of r and c in equations (1) and (2) of README.md, or of x and those in the place
+  // of c.
+  CUtensorMap row_lengths, column_lengths;
+  float *kept_rows, *kept_columns;  // the same where the copy engine can't write, a row every kept_stride
+  int64_t kept_stride;
+  int kept_group;  // query heads that share a head of k
+  int keeps;
   View q_view, k_view, v_view;  // the same tensors, where the copy engine is not used
   // (B, H, T, E), contiguous, in the inputs' type; (B, H, T, D), the gradient of k, where it is made together with that
   // of v; or (tiles of D, B, H, T, E) in float32, to be added up.

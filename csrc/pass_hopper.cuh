@@ -3,7 +3,7 @@
 // A block walks through segments of heads, chunk by chunk, and its warpgroups share the work:
 //   fetch    copies the tiles of a chunk; only it knows the order, the others do what it says of each chunk
 //   store    copies outputs to global memory
-//   inspect  (two warps) prepares the weights of tokens, measures vectors and looks for values that are not finite
+//   inspect  (two warps) prepares the weights of tokens, lengths of vectors and looks for values that are not finite
 //   state    keeps the state, transposed (E × D), in registers and shows it to the outputs before each chunk
 //   output   two of them: lengths, scores, masked, times values, plus what is read from the state; they take turns, or
 //            one makes the gradients of v and the other those of k
@@ -22,21 +22,21 @@ template <class V>
 __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_constant__ PassParams p) {
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<SharedStorage<V>*>(memory);
-  constexpr int kWarps = kWarpgroup / 32;
-  constexpr bool kValues = V::kNorm == Norm::kValues;
+  constexpr int kWarps = kWarpgroup / 32 * kArriving, kInspectors = kInspecting / 32 * kArriving;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < V::kStages; ++stage) {
       shared.full[stage].init(1);
-      shared.ready[stage].init(kInspecting / 32);
-      shared.looked[stage].init((V::kLooksAtA ? kWarps : 0) + (V::kLooksAtB || kValues ? kInspecting / 32 : 0));
-      shared.measured[stage].init((V::kBoth ? 2 * kWarps : kWarps) + (kValues ? 0 : kInspecting / 32));
+      shared.ready[stage].init(kInspectors);
+      shared.looked[stage].init(kWarps + (V::kLooksAtB ? kInspectors : 0));
+      shared.measured[stage].init((V::kMeasures ? kWarps : 0) + kInspectors);
       shared.advanced[stage].init(kWarps);
-      shared.scored[stage].init(2 * kWarps);
-      shared.through[stage].init(kWarps);
+      shared.scored[stage].init(V::kBoth ? 2 * kWarps : kWarps);
+      shared.through[stage].init(V::kLate ? 1 : kWarps);
       shared.put_down[stage].init(V::kBoth ? 2 * kWarps : kWarps);
       shared.empty[stage].init(2 * kWarps + 1);
       shared.notes[stage].n = -1;
-      for (int i = 0; i < 4 * kWarps; ++i) shared.notes[stage].nonfinite[i / (2 * kWarps)][i % (2 * kWarps)] = 0;
+      for (auto& of_output : shared.notes[stage].nonfinite)
+        for (int& found : of_output) found = 0;
     }
     for (int buffer = 0; buffer < V::kStates; ++buffer) {
       shared.state_full[buffer].init(kWarps);

@@ -202,9 +202,9 @@ struct StateKeeper {
   __device__ void tell(const NonfiniteSearch<Element>& search, int stage) {
     if constexpr (V::kLooksAtA) {
       const bool found = __any_sync(~0u, search.found());
-      if (shared.chunks[stage].kind != Kind::kOutput || lane() != 0) return;
-      shared.notes[stage].nonfinite[0][warp()] = found;
-      shared.looked[stage].arrive();
+      if (shared.chunks[stage].kind != Kind::kOutput) return;
+      if (lane() == 0) shared.notes[stage].nonfinite[0][warp()] = found;
+      arrive_as_warp(shared.looked[stage]);
     }
   }
 
@@ -256,7 +256,7 @@ __device__ void keep_state(const PassParams& p, SharedStorage<V>& shared) {
     const Stage<V> tile(shared, stage);
     const Notes<V>& notes = shared.notes[stage];
     if constexpr (V::kEarly) shared.ready[stage].wait(parity(step, V::kStages));
-    if constexpr (V::kLengths) shared.measured[stage].wait(parity(step, V::kStages));
+    if constexpr (V::kMeasures) shared.measured[stage].wait(parity(step, V::kStages));
     NonfiniteSearch<typename V::Element> search;
 #pragma unroll
     for (int m = 0; m < Keeper::kRows; ++m) {  // the second half is loaded while the first is multiplied

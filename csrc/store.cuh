@@ -21,6 +21,24 @@ __device__ inline void copy_out(const TiledTensor& to, const uint8_t* tile, cons
   }
 }
 
+// Lengths of a chunk's queries, and of its keys by the first of the heads that share them.
+__device__ inline void copy_lengths_out(const PassParams& p, const Lengths (&lengths)[2], const Chunk& chunk) {
+  const int head = chunk.head / p.kept_group;
+  const bool of_keys = head * p.kept_group == chunk.head;
+  if (!chunk.cut_off(p) && chunk.token % 4 == 0) {
+    store_box(p.row_lengths, lengths[0].values, Keep::kNormal, {chunk.token, 0, 0, chunk.head, chunk.batch});
+    if (of_keys) store_box(p.column_lengths, lengths[1].values, Keep::kNormal, {chunk.token, 0, 0, head, chunk.batch});
+  } else {  // amid other sequences
+    const int heads = p.heads / p.kept_group;
+    float* rows = p.kept_rows + (int64_t(chunk.batch) * p.heads + chunk.head) * p.kept_stride + chunk.token;
+    float* columns = p.kept_columns + (int64_t(chunk.batch) * heads + head) * p.kept_stride + chunk.token;
+    for (int i = 0; i < chunk.n; ++i) {
+      rows[i] = lengths[0].values[i];
+      if (of_keys) columns[i] = lengths[1].values[i];
+    }
+  }
+}
+
 // One thread's work.
 template <class V>
 __device__ void store_outputs(const PassParams& p, SharedStorage<V>& shared) {
@@ -37,6 +55,7 @@ __device__ void store_outputs(const PassParams& p, SharedStorage<V>& shared) {
       if constexpr (V::kBoth) shared.scored[stage].wait(phase);
       shared.put_down[stage].wait(phase);
       fence_for_async();  // after all that was written to the tiles: for the copies from here, and those to come
+      if (V::kMeasures && p.keeps && chunk.e_tile == 0) copy_lengths_out(p, shared.lengths[stage], chunk);
       if (!stored_elsewhere(p, chunk)) {
         if constexpr (V::kBoth) {
           copy_out<V::kVPanels>(p.out_tiles, tile.k, chunk, 0);
@@ -44,9 +63,9 @@ __device__ void store_outputs(const PassParams& p, SharedStorage<V>& shared) {
         } else {
           copy_out<V::kVPanels>(p.out_tiles, tile.q, chunk, chunk.e_tile * V::kVPanels);
         }
-        commit_stores();
-        wait_for_stores();
       }
+      commit_stores();
+      wait_for_stores();
       phases ^= 1 << stage;
     }
     shared.empty[stage].arrive();

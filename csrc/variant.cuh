@@ -18,10 +18,12 @@ struct Variant {
   static constexpr int kD = kD_, kE = kE_;
   static constexpr Norm kNorm = kNorm_;
   static constexpr bool kBoth = kBoth_, kLengths = kNorm != Norm::kNone;
-  static constexpr bool kThrough = kNorm == Norm::kValues || (kBoth && kLengths);  // a gradient through unit length
-  // Who looks for values that are not finite: the state at a, `inspect` at b, or they are measured.
+  static constexpr bool kMeasures = kNorm == Norm::kQueriesAndKeys && !kBoth;  // lengths; else they come with the tiles
+  static constexpr bool kReadsLengths = kLengths && !kMeasures;
+  static constexpr bool kThrough = kReadsLengths;    // the output, or the second, is taken through unit length
+  static constexpr bool kLate = kThrough && !kBoth;  // of vectors that come when there is room for them
+  // Who looks for values that are not finite: the state at a, `inspect` at b, or lengths say it.
   static constexpr bool kLooksAtA = kNorm != Norm::kValues, kLooksAtB = kBoth && !kLengths;
-  static constexpr bool kMeasuresValues = kLengths && (kBoth || kNorm == Norm::kValues);
   // Who makes the state's copy visible to the tensor cores: the state, where the outputs have less time, or they.
   static constexpr bool kStateFences = kBoth || kE < kD;
   static constexpr int kThreads = 4 * kWarpgroup;
@@ -32,17 +34,17 @@ struct Variant {
   static constexpr int kStateRegisters = kSmall ? 152 : kDeep ? 192 : 208;
   static constexpr int kOutputRegisters = (512 - kFetchRegisters - kStateRegisters) / 16 * 8;
   static constexpr int kQPanels = kD / kPanel, kVPanels = kE / kPanel;  // q and k; v and x
-  static constexpr bool kFourth = kBoth || kThrough;                    // tiles of x
   static constexpr int kTileBytes = (2 * kQPanels + kVPanels) * kPanelBytes;
-  static constexpr int kStageBytes = kTileBytes + (kFourth ? kVPanels * kPanelBytes : 0);
+  static constexpr int kStageBytes = kTileBytes + (kBoth ? kVPanels * kPanelBytes : 0);
   static constexpr int kStateBytes = kD * kE * 2;
   static constexpr int kStates = 2;  // copies of the state that outputs are read from; of float32 there is room for one
   // As many stages as fit.
-  static constexpr int kNotes = kChunk * 40 + 256 + 16 * (kD < kE ? kE : kD);  // bytes of Notes and Chunk, at most
+  static constexpr int kNotes =
+      kChunk * 52 + 256 + 16 * (kD < kE ? kE : kD);  // bytes of Notes, Chunk and lengths, at most
   static constexpr int kFit = (226 * 1024 - kStates * kStateBytes) / (kStageBytes + kNotes);
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   // Whether state and outputs begin with a stage before its weights are known: of few stages all time counts.
-  static constexpr bool kEarly = kStages == 2 && !kLengths;
+  static constexpr bool kEarly = kStages == 2 && !kMeasures;
 };
 
 enum class Kind : int {
@@ -71,7 +73,7 @@ struct Chunk : Stretch {
   __device__ bool cut_off(const PassParams& p) const { return n < kChunk && p.table != nullptr; }
 };
 
-// What there is to know of a stage, by token of the chunk: `inspect` finds it, lengths the outputs.
+// What there is to know of a stage, by token of the chunk: `inspect` finds it, lengths the outputs too.
 template <class V>
 struct Notes {
   float log_lambda;  // of which the weights are, for chunks of n tokens
@@ -81,32 +83,39 @@ struct Notes {
   float writing[kChunk];                 // what token j weighs in the state
   float reading[kChunk];                 // what token i reads the state with
   alignas(8) float columns[V::kLengths ? kChunk : 1];
-  float rows[V::kLengths ? kChunk : 1];    // 1 / |x| of what scores are made of
-  float scaled[V::kLengths ? kChunk : 1];  // writing, times columns
-  // To take a gradient through unit length: 1 / |x|, and 1 / |x|² or 0 for vectors divided by a constant.
-  float inverse[V::kThrough ? kChunk : 1], along[V::kThrough ? kChunk : 1];
+  float rows[V::kLengths ? kChunk : 1];                                      // 1 / |x| of what scores are made of
+  float scaled[V::kLengths ? kChunk : 1];                                    // writing, times columns
+  float inverse[V::kThrough ? kChunk : 1], along[V::kThrough ? kChunk : 1];  // of rows: Length of lengths.cuh
   // Whether warps found something that is not finite in the values of the first output and the second.
   int nonfinite[2][2 * kWarpgroup / 32];
   unsigned long long bad[2][V::kD < V::kE ? V::kE : V::kD];  // which tokens, for each column; else undefined
 };
 
+// 1 / |x| of the vectors of a chunk. Those that were kept begin 0 to 3 tokens before it.
+struct alignas(128) Lengths {
+  float values[kLengthsAtOnce];
+
+  __device__ float of(const Chunk& chunk, int token) const { return values[token + chunk.token % 4]; }
+};
+
 template <class V>
 struct alignas(1024) SharedStorage {
   uint8_t stages[V::kStages][V::kStageBytes];
-  uint8_t states[V::kStates][V::kStateBytes];  // transposed: kE rows in panels of 64 of the kD columns
+  uint8_t states[V::kStates][V::kStateBytes];        // transposed: kE rows in panels of 64 of the kD columns
+  Lengths lengths[V::kLengths ? V::kStages : 1][2];  // row_lengths and column_lengths of PassParams
   Chunk chunks[V::kStages];
   Stretch next;  // of `fetch`, which has no registers for it: the segment it copies
   int piece;     // and which piece of work that is
   Notes<V> notes[V::kStages];
   // A stage is full when its tiles have come, ready when they are inspected, measured when lengths are known, empty
   // when all are done with it. Before that, of outputs alone: the state has advanced, scores are made and vectors
-  // through which a gradient goes are read.
+  // through which a gradient goes are read, or with kLate have come.
   Barrier full[V::kStages], ready[V::kStages], measured[V::kStages], empty[V::kStages];
   Barrier looked[V::kStages], advanced[V::kStages], scored[V::kStages], through[V::kStages], put_down[V::kStages];
   Barrier state_full[V::kStates], state_empty[V::kStates];
 };
 
-// Tiles of a stage. With kBoth x is do, else with kThrough the vectors through whose unit length a gradient is taken.
+// Tiles of a stage. With kBoth x is do, else with kLate the vectors through whose unit length a gradient is taken.
 template <class V>
 struct Stage {
   uint8_t *q, *k, *v, *x;
@@ -115,7 +124,7 @@ struct Stage {
       : q(shared.stages[stage]),
         k(q + V::kQPanels * kPanelBytes),
         v(k + V::kQPanels * kPanelBytes),
-        x(v + V::kVPanels * kPanelBytes) {}
+        x(V::kBoth ? v + V::kVPanels * kPanelBytes : k) {}
   // The state gains aᵀ b for each token.
   __device__ uint8_t* a() const { return V::kBoth ? x : v; }
   __device__ uint8_t* b() const { return V::kBoth ? q : k; }
@@ -124,8 +133,29 @@ struct Stage {
 // Parity of the phase that a barrier of `count` is in at a step.
 __device__ inline int parity(int step, int count) { return step / count & 1; }
 
-// One arrival for a warp, after all its lanes.
+// Lanes that arrive for a warp. One is enough, but `compute-sanitizer --tool racecheck` does not know that it speaks
+// for the others: for its sake all do.
+#ifdef ALL_LANES_ARRIVE
+constexpr int kArriving = 32;
+#else
+constexpr int kArriving = 1;
+#endif
+
+// Arrives for a warp, after all its lanes.
 __device__ inline void arrive_as_warp(Barrier& barrier) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier.arrive();
+  if (threadIdx.x % 32 < kArriving) barrier.arrive();
+}
+
+// Copies panels of a tile from memory; what lies outside of the tensor arrives as zeros.
+template <int kPanels>
+__device__ inline void copy_in(uint8_t* to, const TiledTensor& from, Barrier& barrier, Keep keep, int panel, int token,
+                               int head, int row) {
+  if (kPanels == 1 || from.at_once) {
+    copy_box(to, from.map, barrier, keep, from.corner(panel, token, head, row));
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < kPanels; ++i)
+      copy_box(to + i * kPanelBytes, from.map, barrier, keep, from.corner(panel + i, token, head, row));
+  }
 }

@@ -105,7 +105,8 @@ def _key(nvcc: str) -> str:
     if not SOURCES.is_dir():
         raise BuildError(f"{SOURCES}: the kernels' sources are not there")
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    digest = hashlib.sha256("\n".join((*FLAGS, version)).encode())
+    more = (os.environ.get(f"NVCC_{place}_FLAGS", "") for place in ("PREPEND", "APPEND"))  # which nvcc reads by itself
+    digest = hashlib.sha256("\n".join((*FLAGS, *more, version)).encode())
     for path in sorted(SOURCES.iterdir()):
         if path.suffix in (".cu", ".cuh", ".cpp", ".h"):
             digest.update(f"\n{path.name}\n".encode() + path.read_bytes())

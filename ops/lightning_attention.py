@@ -8,6 +8,7 @@ from torch import Tensor
 from .chunkwise import backward as chunkwise_backward
 from .chunkwise import forward as chunkwise_forward
 from .decay import step_factors
+from .lightning_cuda import Lengths, empty_lengths
 from .lightning_cuda import backward as cuda_backward
 from .lightning_cuda import decay_gradient as cuda_decay_gradient
 from .lightning_cuda import forward as cuda_forward
@@ -82,7 +83,7 @@ def lightning_attention(
     if backend == "cuda" and reason is not None:
         raise ValueError(f"backend: 'cuda' can't take this call: {reason}")
     kernels = backend != "torch" and reason is None
-    o, state = _forward(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, output_final_state, kernels)
+    o, state, *_ = _forward(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, output_final_state, kernels)
     return (o, state) if output_final_state else o
 
 
@@ -117,7 +118,7 @@ def lightning_attention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor 
     return _step(q, k, v, log_decay, state)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::attention", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::attention_forward", mutates_args=())
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -128,15 +129,20 @@ def _forward(
     qk_norm: bool,
     with_state: bool,
     kernels: bool,
-) -> tuple[Tensor, Tensor]:
-    """Returns an empty tensor for a state that nobody asked for: an operator's results can't be optional."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o, the final state, and what the kernels keep of lengths for the backward pass.
+
+    What there is not is an empty tensor: an operator's results can't be optional.
+    """
     arguments = q, k, v, log_decay, initial_state, cu_seqlens, qk_norm
+    lengths = None
     with no_autocast(q):
         if kernels and _has_elements(q, v):
-            o, state = cuda_forward(*arguments, with_state)
+            o, state, lengths = cuda_forward(*arguments, with_state)
         else:
             o, state = chunkwise_forward(*arguments)
-    return o, state if with_state and state is not None else _nothing(q)
+    of_q, of_k = lengths or (_nothing(q), _nothing(q))
+    return o, state if with_state and state is not None else _nothing(q), of_q, of_k
 
 
 def _nothing(q: Tensor) -> Tensor:
@@ -145,11 +151,13 @@ def _nothing(q: Tensor) -> Tensor:
 
 @_forward.register_fake
 def _(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, with_state, kernels):  # type: ignore[no-untyped-def]
-    o = v.new_empty((*q.shape[:3], v.shape[3]))
-    if not with_state:
-        return o, _nothing(q)
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return o, v.new_empty((sequences, q.shape[1], q.shape[3], v.shape[3]), dtype=compute_type(q.dtype))
+    state, of_q, of_k = (_nothing(q) for _ in range(3))
+    if with_state:
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        state = state.new_empty((sequences, q.shape[1], q.shape[3], v.shape[3]))
+    if kernels and _has_elements(q, v):
+        of_q, of_k = empty_lengths(q, k, v, qk_norm) or (of_q, of_k)
+    return v.new_empty((*q.shape[:3], v.shape[3])), state, of_q, of_k
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::attention_backward", mutates_args=())
@@ -162,6 +170,8 @@ def _backward(
     log_decay: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    of_q: Tensor,
+    of_k: Tensor,
     qk_norm: bool,
     decay_grad: bool,
     kernels: bool,
@@ -171,7 +181,8 @@ def _backward(
     grad_decay, grad_initial = None, None
     with no_autocast(q):
         if kernels and _has_elements(q, v):
-            dq, dk, dv, grad_initial = cuda_backward(grad_o, grad_state, *arguments)
+            lengths = Lengths(of_q, of_k) if of_q.numel() > 0 else None
+            dq, dk, dv, grad_initial = cuda_backward(grad_o, grad_state, *arguments, lengths)
             if decay_grad and log_decay is not None:
                 grad_decay = cuda_decay_gradient(
                     grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm
@@ -195,19 +206,19 @@ def _has_elements(q: Tensor, v: Tensor) -> bool:
 
 
 @_backward.register_fake
-def _(grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, decay_grad, kernels):  # type: ignore[no-untyped-def]
+def _(grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, of_q, of_k, qk_norm, decay_grad, kernels):  # type: ignore[no-untyped-def]
     grads = (x.new_empty(x.shape) for x in (q, k, v))
     grad_decay = _nothing(q) if log_decay is None or not decay_grad else _nothing(q).new_empty(q.shape[1])
     return *grads, grad_decay, _nothing(q) if initial_state is None else initial_state.new_empty(initial_state.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.qk_norm, ctx.with_state, ctx.kernels = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, *output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad_o: Tensor | None, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_o: Tensor | None, grad_state: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # read once: gradient checkpointing frees them at the first reading
     q, _, v, log_decay, initial_state = saved[:5]
     if grad_o is None:

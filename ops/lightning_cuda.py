@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .numerics import sum_groups, unit_length, unit_length_backward
+from .numerics import sum_groups
 
 MAX_WIDTH = 1024
 CHUNK = 64  # tokens; kChunk of csrc/variant.cuh
@@ -33,6 +33,13 @@ class Segments(NamedTuple):
     length: int  # tokens of a segment, a multiple of `CHUNK`
     number: int  # of segments of a row of the batch
     table: Tensor | None  # of packed sequences: (segments + 1, 4) int32, Segment of csrc/params.h
+
+
+class Lengths(NamedTuple):
+    """1 / |x| of vectors, (B, heads, T) float32 with T a multiple of 4, as the forward pass found them."""
+
+    of_q: Tensor
+    of_k: Tensor
 
 
 def unavailable_reason(q: Tensor, v: Tensor) -> str | None:
@@ -67,6 +74,13 @@ def _library_unavailable_reason(device: int) -> str | None:
     return reason
 
 
+def empty_lengths(q: Tensor, k: Tensor, v: Tensor, qk_norm: bool) -> Lengths | None:
+    """Room for what `forward` keeps, or None where the backward pass does not divide by lengths itself."""
+    if not qk_norm or not (_norm_in_kernel(q, 128) and _norm_in_kernel(v, 128)):
+        return None
+    return Lengths(*(x.new_empty((*x.shape[:2], -(-x.shape[2] // 4) * 4), dtype=torch.float32) for x in (q, k)))
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -76,11 +90,12 @@ def forward(
     cu_seqlens: Tensor | None,
     qk_norm: bool,
     with_state: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """o (B, H, T, E) in v's type and the final state (sequences, H, D, E) if asked for; see `lightning_attention`."""
+) -> tuple[Tensor, Tensor | None, Lengths | None]:
+    """o (B, H, T, E) in v's type, the final state (sequences, H, D, E) if asked for, and lengths for `backward`."""
     widths = q.shape[3], v.shape[3]
+    lengths = empty_lengths(q, k, v, qk_norm)
     if qk_norm and not _norm_in_kernel(q, 256):
-        q, k, qk_norm = unit_length(q), unit_length(k), False
+        q, k, qk_norm = _unit_length(q), _unit_length(k), False
     q, k, v = (_for_kernel(x) for x in (q, k, v))
     if initial_state is not None:
         initial_state = _padded_state(initial_state, q, v)
@@ -89,10 +104,10 @@ def forward(
         sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         final = q.new_empty((sequences, q.shape[1], q.shape[3], v.shape[3]), dtype=torch.float32)
     norm = NORM_QUERIES_AND_KEYS if qk_norm else NO_NORM
-    o = _attend(q, k, v, q.shape[1], log_decay, initial_state, cu_seqlens, final=final, norm=norm)
+    o = _attend(q, k, v, q.shape[1], log_decay, initial_state, cu_seqlens, final=final, norm=norm, lengths=lengths)
     if final is not None:
         final = final[..., : widths[0], : widths[1]].contiguous()
-    return o[..., : widths[1]].contiguous(), final
+    return o[..., : widths[1]].contiguous(), final, lengths
 
 
 def backward(
@@ -105,12 +120,13 @@ def backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     qk_norm: bool,
+    lengths: Lengths | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and the initial state; `grad_state` None means zeros."""
+    """Gradients of q, k, v and the initial state; `grad_state` None means zeros, `lengths` come from `forward`."""
     d, e, wide_q, wide_k = q.shape[3], v.shape[3], q, k
-    norm_outside = qk_norm and not (_norm_in_kernel(q, 128) and _norm_in_kernel(v, 128))
+    norm_outside = qk_norm and lengths is None
     if norm_outside:
-        q, k, qk_norm = unit_length(q), unit_length(k), False
+        q, k, qk_norm = _unit_length(q), _unit_length(k), False
     do, q, k, v = (_for_kernel(x) for x in (grad_o, q, k, v))
     grad_initial = None
     if initial_state is not None:
@@ -123,9 +139,9 @@ def backward(
 
     start = None if initial_state is None else initial_state.mT
     through = q if qk_norm else None
-    dq = _attend(do, v, k, heads, log_decay, start, cu_seqlens, norm=of_values, through=through)
+    dq = _attend(do, v, k, heads, log_decay, start, cu_seqlens, norm=of_values, through=through, lengths=lengths)
     if k.dtype != torch.float32 and max(k.shape[3], v.shape[3]) <= 128:
-        dk, dv = _gradients_of_both(do, grad_state, grad_initial, q, k, v, log_decay, cu_seqlens, of_both)
+        dk, dv = _gradients_of_both(do, grad_state, grad_initial, q, k, v, log_decay, cu_seqlens, of_both, lengths)
     else:
         dv = _attend(k, q, do, heads, log_decay, grad_state, cu_seqlens, final=grad_initial, reverse=True)
         start = None if grad_state is None else grad_state.mT
@@ -134,7 +150,7 @@ def backward(
 
     dq, dk, dv = (x[..., :width] for x, width in ((dq, d), (dk, d), (dv, e)))
     if norm_outside:
-        dq, dk = (unit_length_backward(dx.float(), x).to(x.dtype) for dx, x in ((dq, wide_q), (dk, wide_k)))
+        dq, dk = _unit_length(wide_q, dq), _unit_length(wide_k, dk)
     if grad_initial is not None:
         grad_initial = grad_initial[..., :d, :e].contiguous()
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), grad_initial
@@ -153,7 +169,7 @@ def decay_gradient(
 ) -> Tensor:
     """Gradient of log_decay, (H,): one more pass, whose output is the derivative of o by log λ."""
     if qk_norm:
-        q, k = unit_length(q), unit_length(k)
+        q, k = _unit_length(q), _unit_length(k)
     q, k, v, grad_o = (_rows_contiguous(x) for x in (q, k, v, grad_o))
     segments = _cut(q, -(-q.shape[2] // CHUNK) * CHUNK, q.shape[2], cu_seqlens)
     slots = q.shape[0] if segments.table is None else len(segments.table) - 1
@@ -186,8 +202,12 @@ def _attend(
     norm: int = NO_NORM,
     reverse: bool = False,
     through: Tensor | None = None,
+    lengths: Lengths | None = None,
 ) -> Tensor:
-    """One pass: (B, heads, T, E) in v's type, taken through the unit length of `through`."""
+    """One pass: (B, heads, T, E) in v's type, taken through the unit length of `through`.
+
+    `lengths` are written, or read where they are needed to go through.
+    """
     batch, tokens, width = q.shape[0], q.shape[2], v.shape[3]
     parts, _ = _parts(_tile(k, v), k, v)
     segments = _segments(k, v, heads, cu_seqlens)
@@ -205,8 +225,10 @@ def _attend(
             q, k, v, *common, carry, out, final, segments.length, reverse, _exact()
         )
     else:
+        of_q, of_k = lengths or (None, None)
+        chain = _chain(k, v, heads, segments)
         torch.ops.transnormer_kernels.attend(
-            q, k, v, through, *common, *_chain(k, v, heads, segments), out, None, final, segments.length, reverse, norm
+            q, k, v, through, of_q, of_k, *common, *chain, out, None, final, segments.length, reverse, norm
         )
     if parts == 1:
         return out
@@ -225,14 +247,17 @@ def _gradients_of_both(
     log_decay: Tensor | None,
     cu_seqlens: Tensor | None,
     norm: int,
+    lengths: Lengths | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of k and v, (B, H, T, D) and (B, H, T, E), in one pass from right to left."""
     heads = q.shape[1]
     segments = _segments(k, v, heads, cu_seqlens)
     dk, dv = k.new_empty((*q.shape[:3], k.shape[3])), v.new_empty((*q.shape[:3], v.shape[3]))
     chain = _chain(k, v, heads, segments)
+    of_q, of_k = lengths or (None, None)
+    common = log_decay, grad_state, segments.table
     torch.ops.transnormer_kernels.attend(
-        q, k, v, do, log_decay, grad_state, segments.table, *chain, dv, dk, grad_initial, segments.length, True, norm
+        q, k, v, do, of_k, of_q, *common, *chain, dv, dk, grad_initial, segments.length, True, norm
     )
     return dk, dv
 
@@ -305,6 +330,13 @@ def _segment_length(chains: int, tokens: int, slots: int) -> tuple[int, int]:
 
     best = min(map(length_of, range(1, max(2 * slots // chains, 1) + 1)), key=walked)
     return best, int(walked(best))
+
+
+def _unit_length(x: Tensor, grad: Tensor | None = None) -> Tensor:
+    """x / |x|, or what its gradient is to x; as `unit_length` and `unit_length_backward` of `numerics`."""
+    x, out = _rows_contiguous(x), torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.ops.transnormer_kernels.unit_length(x, None if grad is None else _rows_contiguous(grad), out)
+    return out
 
 
 def _norm_in_kernel(x: Tensor, widest: int) -> bool:

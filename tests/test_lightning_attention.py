@@ -106,7 +106,8 @@ def test_operators_keep_the_contract_of_torch_library(layout: str, bounds, devic
     cu_seqlens = case.cu_seqlens(device)
     for with_state in (False, True):
         torch.library.opcheck(_forward, (*leaves, cu_seqlens, True, with_state, False))
-    torch.library.opcheck(_backward, (do, dstate, *tensors.values(), cu_seqlens, True, True, False))
+    nothing = (torch.empty(0, device=device),) * 2
+    torch.library.opcheck(_backward, (do, dstate, *tensors.values(), cu_seqlens, *nothing, True, True, False))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "projection"])

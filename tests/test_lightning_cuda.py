@@ -20,8 +20,10 @@ from operator_cases import (
 )
 
 from ops import lightning_attention, lightning_attention_step
-from ops.lightning_attention import cuda_unavailable_reason
+from ops.lightning_attention import _backward, _forward, cuda_unavailable_reason
 from ops.lightning_cuda import _cut as cut
+from ops.lightning_cuda import _unit_length as unit_length_by_kernel
+from ops.numerics import MIN_LENGTH, unit_length, unit_length_backward
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -107,6 +109,76 @@ def test_every_variant_on_small_shapes(
     for length in (192, 64):  # whole, and cut in three
         monkeypatch.setattr("ops.lightning_cuda._segment_length", lambda *_, length=length: (length, 0))
         check(Case(T=130, B=1, H=2, Gk=2, Gv=1, D=d, E=e, qk_norm=qk_norm), device, dtype)
+
+
+@pytest.mark.parametrize("width", [40, 128, 200, 264])
+@pytest.mark.parametrize(
+    ("dtype", "large", "small"),
+    [(torch.float32, 2.0**100, 2.0**-15), (torch.bfloat16, 2.0**100, 2.0**-15), (torch.float16, 2.0**9, 2.0**-9)],
+    ids=["float32", "bfloat16", "float16"],
+)
+def test_lengths_of_some_vectors_change_nothing(
+    dtype: torch.dtype, large: float, small: float, width: int, device: torch.device
+) -> None:
+    """Powers of two change no digit: of q and k they change nothing but their own gradients, by the same factor."""
+    random = torch.Generator().manual_seed(0)
+    tokens = 150
+    signs = (torch.randint(0, 2, (2, 2, 2, tokens, width), generator=random) * 2 - 1).to(dtype)
+    vectors = signs * (1 + torch.rand(2, 2, 2, tokens, width, generator=random)).to(dtype)
+    v, do = (torch.randn(2, 2, tokens, width, generator=random).to(device, dtype) for _ in range(2))
+    rows = torch.randint(0, 5, (2, 2, 2, tokens, 1), generator=random)
+    scales = torch.where(rows == 0, large, torch.where(rows == 1, small, 1.0))
+
+    def gradients(scales: torch.Tensor) -> list[torch.Tensor]:
+        q, k = ((x * s).to(device, dtype).requires_grad_() for x, s in zip(vectors, scales, strict=True))
+        values = v.clone().requires_grad_()
+        log_decay = torch.full((2,), -0.1, device=device)
+        o = lightning_attention(q, k, values, log_decay, qk_norm=True, backend="cuda")
+        dq, dk, dv = torch.autograd.grad(o, (q, k, values), do)
+        return [o, dv, *(dx.double() * s.double().to(device) for dx, s in zip((dq, dk), scales, strict=True))]
+
+    expected, actual = gradients(torch.ones_like(scales)), gradients(scales)
+    tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    if dtype == torch.float16:  # gradients of large vectors are no longer normal numbers
+        expected, actual = (
+            [o, dv, *(dx.where(rows[i].to(device) != 0, 0) for i, dx in enumerate(of_vectors))]
+            for o, dv, *of_vectors in (expected, actual)
+        )
+    for name, a, b in zip(("o", "dv", "dq", "dk"), actual, expected, strict=True):
+        error = (a.double() - b.double()).norm(dim=-1) / b.double().norm(dim=-1).clamp(min=1e-2)
+        assert error.max() < tolerance, name
+
+
+@pytest.mark.parametrize("width", [1, 8, 33, 256, 264, 1024])
+@every_type
+def test_unit_length_is_that_of_pytorch(dtype: torch.dtype, width: int, device: torch.device) -> None:
+    random = torch.Generator().manual_seed(0)
+    least, most = (1e-7, 6e4) if dtype == torch.float16 else (1e-30, 3e38)
+    scales = torch.tensor([0.0, least, 1e-6, 1e-3, 1.0, 100.0, most])[:, None]
+    x = ((torch.rand(2, 3, 7, 2 * width, generator=random) * 2 - 1) * scales).to(device, dtype)[..., ::2]
+    for of in (x, x.contiguous()):
+        grad = (torch.randn(2, 3, 7, width, generator=random) * 1e-4).to(device, dtype)  # over 1e-6 float16 holds it
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(unit_length_by_kernel(of), unit_length(of), rtol=2 * eps, atol=2 * eps)
+        expected = unit_length_backward(grad.float(), of)
+        actual = unit_length_by_kernel(of, grad).float()
+        largest = grad.abs().amax(-1, keepdim=True) / of.float().abs().amax(-1, keepdim=True).clamp(min=MIN_LENGTH)
+        assert ((actual - expected).abs() <= 4 * eps * largest + torch.finfo(dtype).tiny).all()
+    for bad in (float("nan"), float("inf")):
+        x[0, 0, 3, 0] = bad
+        assert unit_length_by_kernel(x)[0, 0, 3].isnan().all()
+        assert unit_length_by_kernel(x, grad)[0, 0, 3].isnan().all()
+
+
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "norm"])
+def test_operators_keep_the_contract_of_torch_library(qk_norm: bool, device: torch.device) -> None:
+    case = Case(T=24, B=1, H=2, Gk=1, Gv=2, D=16, E=24)  # no padding of lengths, which holds anything
+    tensors = inputs(case, device, torch.bfloat16)
+    arguments = *tensors.values(), None, qk_norm, True, True
+    torch.library.opcheck(_forward, arguments)
+    *_, of_q, of_k = _forward(*arguments)
+    do, dstate = output_gradients(case, device, torch.bfloat16)
+    torch.library.opcheck(_backward, (do, dstate, *tensors.values(), None, of_q, of_k, qk_norm, True, True))
 
 
 def test_packed_sequences_are_cut_only_where_that_pays(device: torch.device) -> None:
