@@ -33,7 +33,7 @@ __device__ __noinline__ Length length_of_extreme(uint8_t* tile, int panels, int 
     }
   }
   if (!finite) return {CUDART_NAN_F, CUDART_NAN_F, false};
-  if (largest == 0.f) return {float(1. / kMinLength), float(1. / kMinLength), true};
+  if (largest == 0.f) return {1.f, float(1. / kMinLength), true};  // by any number: but 10^6 is infinite in float16
   int exponent;
   frexpf(largest, &exponent);
   const float scale = ldexpf(1.f, -max(min(exponent, 126), -126));

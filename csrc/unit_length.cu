@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) unit_length_kernel(const __grid_cons
 #pragma unroll
   for (int i = 0; i < kPacks * kPack; ++i) {
     float& value = grad.values[i / kPack][i % kPack];
-    value = fmaf(-along, x.values[i / kPack][i % kPack], value) * factor * inverse;
+    value = fmaf(-along, x.values[i / kPack][i % kPack], value) * (factor * inverse);
   }
   grad.store(out, p.width);
 }

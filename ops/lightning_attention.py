@@ -135,10 +135,10 @@ def _forward(
     What there is not is an empty tensor: an operator's results can't be optional.
     """
     arguments = q, k, v, log_decay, initial_state, cu_seqlens, qk_norm
-    lengths = None
+    lengths = empty_lengths(q, k, v, qk_norm) if kernels else None
     with no_autocast(q):
         if kernels and _has_elements(q, v):
-            o, state, lengths = cuda_forward(*arguments, with_state)
+            o, state = cuda_forward(*arguments, with_state, lengths)
         else:
             o, state = chunkwise_forward(*arguments)
     of_q, of_k = lengths or (_nothing(q), _nothing(q))
@@ -155,7 +155,7 @@ def _(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, with_state, kernel
     if with_state:
         sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         state = state.new_empty((sequences, q.shape[1], q.shape[3], v.shape[3]))
-    if kernels and _has_elements(q, v):
+    if kernels:
         of_q, of_k = empty_lengths(q, k, v, qk_norm) or (of_q, of_k)
     return v.new_empty((*q.shape[:3], v.shape[3])), state, of_q, of_k
 

@@ -75,7 +75,7 @@ def _library_unavailable_reason(device: int) -> str | None:
 
 
 def empty_lengths(q: Tensor, k: Tensor, v: Tensor, qk_norm: bool) -> Lengths | None:
-    """Room for what `forward` keeps, or None where the backward pass does not divide by lengths itself."""
+    """Room for lengths, or None where the backward pass does not divide by them itself."""
     if not qk_norm or not (_norm_in_kernel(q, 128) and _norm_in_kernel(v, 128)):
         return None
     return Lengths(*(x.new_empty((*x.shape[:2], -(-x.shape[2] // 4) * 4), dtype=torch.float32) for x in (q, k)))
@@ -90,10 +90,13 @@ def forward(
     cu_seqlens: Tensor | None,
     qk_norm: bool,
     with_state: bool,
-) -> tuple[Tensor, Tensor | None, Lengths | None]:
-    """o (B, H, T, E) in v's type, the final state (sequences, H, D, E) if asked for, and lengths for `backward`."""
+    lengths: Lengths | None,
+) -> tuple[Tensor, Tensor | None]:
+    """o (B, H, T, E) in v's type and the final state (sequences, H, D, E) if asked for; see `lightning_attention`.
+
+    `lengths` are those of `empty_lengths`, which this fills for `backward`.
+    """
     widths = q.shape[3], v.shape[3]
-    lengths = empty_lengths(q, k, v, qk_norm)
     if qk_norm and not _norm_in_kernel(q, 256):
         q, k, qk_norm = _unit_length(q), _unit_length(k), False
     q, k, v = (_for_kernel(x) for x in (q, k, v))
@@ -107,7 +110,7 @@ def forward(
     o = _attend(q, k, v, q.shape[1], log_decay, initial_state, cu_seqlens, final=final, norm=norm, lengths=lengths)
     if final is not None:
         final = final[..., : widths[0], : widths[1]].contiguous()
-    return o[..., : widths[1]].contiguous(), final, lengths
+    return o[..., : widths[1]].contiguous(), final
 
 
 def backward(
