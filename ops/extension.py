@@ -1,11 +1,13 @@
 """Builds the CUDA kernels of `csrc/` on their first use and loads them; `python -m ops.extension` builds them."""
 
+import argparse
 import ctypes
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -82,12 +84,10 @@ def compile_library(nvcc: str, made: Path) -> str:
 
 def _nvcc() -> str:
     home = os.environ.get("CUDA_HOME")
-    found = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which(
-        "nvcc", path="/usr/local/cuda/bin"
-    )
-    if found is None:
-        raise BuildError("nvcc is not on the PATH, nor under CUDA_HOME or /usr/local/cuda")
-    return found
+    for folder in (f"{home}/bin" if home else "", None, "/usr/local/cuda/bin"):  # None: the PATH
+        if folder != "" and (found := shutil.which("nvcc", path=folder)):
+            return found
+    raise BuildError("nvcc is not on the PATH, nor under CUDA_HOME or /usr/local/cuda")
 
 
 def _cache() -> Path:
@@ -105,7 +105,7 @@ def _key(nvcc: str) -> str:
     if not SOURCES.is_dir():
         raise BuildError(f"{SOURCES}: the kernels' sources are not there")
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    more = (os.environ.get(f"NVCC_{place}_FLAGS", "") for place in ("PREPEND", "APPEND"))  # which nvcc reads by itself
+    more = (os.environ.get(f"NVCC_{x}", "") for x in ("PREPEND_FLAGS", "APPEND_FLAGS", "CCBIN"))  # nvcc reads them
     digest = hashlib.sha256("\n".join((*FLAGS, *more, version)).encode())
     for path in sorted(SOURCES.iterdir()):
         if path.suffix in (".cu", ".cuh", ".cpp", ".h"):
@@ -113,5 +113,13 @@ def _key(nvcc: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def main() -> None:
+    argparse.ArgumentParser(prog="python -m ops.extension", description=__doc__).parse_args()
+    try:
+        print(build())
+    except (BuildError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    print(build())
+    main()

@@ -114,8 +114,11 @@ def lightning_attention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor 
     check_state(state, "state", q, v, q.shape[0])
     if state.requires_grad and torch.is_grad_enabled():
         raise ValueError("state: expected one without gradient, since it is changed in place, got requires_grad=True")
+    if any(stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True)):
+        raise ValueError("state: expected memory for each value, since it is written to, got an expanded tensor")
     refuse_forward_mode(q, k, v, log_decay, state)
-    return _step(q, k, v, log_decay, state)
+    with torch.no_grad():
+        return _step(q, k, v, log_decay, state)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::attention_forward", mutates_args=())

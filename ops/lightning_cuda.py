@@ -70,7 +70,7 @@ def _library_unavailable_reason(device: int) -> str | None:
     else:
         reason = f"the GPU has compute capability {major}.{minor}, the kernels are written for 9.0 (Hopper)"
     if reason is not None:
-        warnings.warn(f"the CUDA kernels can't be used, PyTorch's operators are: {reason}", stacklevel=2)
+        warnings.warn(f"the CUDA kernels can't be used: {reason}", stacklevel=2)
     return reason
 
 

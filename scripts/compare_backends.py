@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor
 
 from model import TransnormerConfig, TransnormerForCausalLM
+from ops.lightning_attention import cuda_unavailable_reason
 
 from .measure import header
 
@@ -21,10 +22,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def batches(text: bytes, vocab_size: int, rows: int, tokens: int) -> Iterator[Tensor]:
     """Batches (rows, tokens) of a text, from the beginning again behind its end; a token is two bytes."""
+    if len(text) < 2 * rows * tokens:
+        raise ValueError(f"text: expected {2 * rows * tokens} bytes for a batch, got {len(text)}")
     pairs = torch.frombuffer(bytearray(text[: len(text) // 2 * 2]), dtype=torch.uint8).long().view(-1, 2)
     ids = (pairs[:, 0] * 256 + pairs[:, 1]) % vocab_size
-    if len(ids) < rows * tokens:
-        raise ValueError(f"text: expected {2 * rows * tokens} bytes for a batch, got {len(text)}")
     while True:
         yield from ids[: len(ids) // (rows * tokens) * rows * tokens].view(-1, rows, tokens)
 
@@ -78,7 +79,12 @@ def _wait(device: torch.device) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.compare_backends", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="a training config, of which `model` is used")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        required=True,
+        help="of training: `model` is used, vocab_size too",
+    )
     parser.add_argument("--text", type=Path, required=True, help="what is learned, two bytes a token")
     parser.add_argument("--backends", nargs="+", choices=["torch", "cuda"], default=["torch", "cuda"])
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16", help="of autocast; weights are float32")
@@ -92,12 +98,26 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.steps <= WARM_UP:
         parser.error(f"--steps: expected more than {WARM_UP}, got {args.steps}")
-    if "cuda" in args.backends and torch.device(args.device).type != "cuda":
-        parser.error(f"--backends: cuda needs a GPU, --device is {args.device}")
-    shape = dict(yaml.safe_load(args.config.read_text())["model"])
+    for name, least in (("batch", 1), ("tokens", 2)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name}: expected a whole number from {least}, got {getattr(args, name)}")
+    if len(set(args.backends)) < len(args.backends):
+        parser.error(f"--backends: expected each once, got {' '.join(args.backends)}")
+    if "cuda" in args.backends:
+        if torch.device(args.device).type != "cuda" or not torch.cuda.is_available():
+            parser.error(f"--backends: cuda needs a GPU, --device is {args.device}")
+        x = torch.zeros(1, 1, 1, 8, device=args.device, dtype=DTYPES[args.precision])
+        if (reason := cuda_unavailable_reason(x, x)) is not None:
+            parser.error(f"--backends: cuda can't run: {reason}")
+    try:
+        shape = dict((yaml.safe_load(args.config.read_text()) or {}).get("model", {}))
+        text = args.text.read_bytes()
+        next(batches(text, 1, args.batch, args.tokens))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if args.qk_norm is not None:
         shape["qk_norm"] = args.qk_norm
-    config, text = TransnormerConfig(**shape), args.text.read_bytes()
+    config = TransnormerConfig(**shape)
     print(header(torch.device(args.device)))
     runs: dict[str, list[float]] = {}
     for backend in args.backends:

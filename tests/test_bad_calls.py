@@ -124,6 +124,13 @@ BAD_CALLS = [
     (
         "step",
         STEP,
+        {"state": state()[:1].expand_as(state())},
+        ValueError,
+        "state: expected memory for each value, since it is written to, got an expanded tensor",
+    ),
+    (
+        "step",
+        STEP,
         {"state": state(1, 4, 8, 8)},
         ValueError,
         "state: expected shape (2, 4, 8, 8), got (1, 4, 8, 8)",

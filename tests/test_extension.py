@@ -68,7 +68,7 @@ def test_a_failed_build_leaves_no_library(cache: Path, monkeypatch: pytest.Monke
 
 
 @needs_nvcc
-@pytest.mark.parametrize("changed", ["flags", "source", "header"])
+@pytest.mark.parametrize("changed", ["flags", "environment", "source", "header"])
 def test_another_source_or_flag_is_another_library(
     changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +79,8 @@ def test_another_source_or_flag_is_another_library(
     before = extension._key(nvcc)
     if changed == "flags":
         monkeypatch.setattr(extension, "FLAGS", (*extension.FLAGS, "-g"))
+    elif changed == "environment":
+        monkeypatch.setenv("NVCC_APPEND_FLAGS", "-DALL_LANES_ARRIVE")
     else:
         with (sources / ("step.cu" if changed == "source" else "decay.cuh")).open("a") as file:
             file.write("\n")

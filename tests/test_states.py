@@ -44,6 +44,7 @@ def test_steps_are_one_pass(dtype: torch.dtype, device: torch.device) -> None:
 def test_a_step_without_decay_adds_to_the_state(device: torch.device) -> None:
     q, k, v = (torch.randn(1, 2, 1, 4, device=device) for _ in range(3))
     state = torch.ones(1, 2, 4, 4, device=device)
-    o = lightning_attention_step(q, k, v, None, state)
+    o = lightning_attention_step(q.requires_grad_(), k, v, None, state)
+    assert not o.requires_grad
     torch.testing.assert_close(state, 1 + k.mT * v)
     torch.testing.assert_close(o, q @ state)
