@@ -1,0 +1,96 @@
+"""Time the CUDA kernels' forward and backward pass alone: `python -m scripts.benchmark_passes --help`."""
+
+import argparse
+import statistics
+from dataclasses import dataclass
+
+import torch
+
+from ops import lightning_cuda
+
+from .measure import header, seconds
+
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """bfloat16 q (B, H, T, D), k and v (B, G, T, D); `bounds` of packed sequences."""
+
+    B: int
+    H: int
+    T: int
+    D: int
+    G: int | None = None
+    qk_norm: bool = False
+    bounds: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        marks = {f"{self.G} key/value": self.G, "norm": self.qk_norm, "packed": self.bounds}
+        return ", ".join([str((self.B, self.H, self.T, self.D)), *(mark for mark, given in marks.items() if given)])
+
+
+_BASE = [(16, 16, 2048, 128), (8, 16, 4096, 128), (2, 16, 16384, 128), (1, 16, 65536, 128), (1, 32, 131072, 128),
+         (8, 12, 4096, 64), (8, 4, 4096, 256), (8, 1, 4096, 768), (8, 2, 4096, 1024)]  # fmt: skip
+GROUPS = {
+    "base": [Shape(*shape) for shape in _BASE],
+    "norm": [Shape(*_BASE[i], qk_norm=True) for i in (0, 2, 5, 6)],
+    "group": [Shape(*_BASE[i], G=1) for i in (0, 5)],
+    "packed": [
+        Shape(16, 16, 4096, 128),
+        Shape(1, 16, 65536, 128, bounds=tuple(range(0, 65537, 4096))),
+        Shape(1, 16, 65536, 128),
+    ],
+}
+
+
+def measured(shape: Shape, repeats: int, device: torch.device) -> tuple[float, float]:
+    """Median milliseconds of forward and of backward."""
+    random = torch.Generator(device=device).manual_seed(0)
+    size = shape.B, shape.T, shape.D
+
+    def vectors(heads: int, unit: bool) -> torch.Tensor:
+        x = torch.randn(size[0], heads, *size[1:], device=device, generator=random)
+        return (torch.nn.functional.normalize(x, dim=-1) if unit else x).bfloat16()
+
+    shared = shape.G or shape.H
+    q, k = (vectors(heads, not shape.qk_norm) for heads in (shape.H, shared))
+    v, do = (vectors(heads, False) for heads in (shared, shape.H))
+    log_decay = -torch.rand(shape.H, device=device, generator=random) * 0.1
+    bounds = None if shape.bounds is None else torch.tensor(shape.bounds, device=device, dtype=torch.int32)
+    lengths = lightning_cuda.empty_lengths(q, k, v, shape.qk_norm)
+    arguments = q, k, v, log_decay, None, bounds, shape.qk_norm
+
+    def median(run) -> float:  # type: ignore[no-untyped-def]
+        for _ in range(WARM_UP):
+            run()
+        return statistics.median(seconds(run, device) for _ in range(repeats)) * 1e3
+
+    forward = median(lambda: lightning_cuda.forward(*arguments, False, lengths))
+    return forward, median(lambda: lightning_cuda.backward(do, None, *arguments, lengths))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.benchmark_passes", description=__doc__)
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all by default")
+    parser.add_argument("--repeats", type=int, default=25)
+    args = parser.parse_args(argv)
+    for name in args.groups:
+        if name not in GROUPS:
+            parser.error(f"expected some of {', '.join(GROUPS)}, got {name}")
+    if args.repeats < 1:
+        parser.error(f"--repeats: expected a whole number from 1, got {args.repeats}")
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU, torch.cuda.is_available() is False")
+    if (reason := lightning_cuda.library_unavailable_reason(torch.cuda.current_device())) is not None:
+        parser.error(reason)
+    device = torch.device("cuda")
+    print(header(device))
+    for name in args.groups or GROUPS:
+        for shape in GROUPS[name]:
+            forward, backward = measured(shape, args.repeats, device)
+            print(f"{shape!s:45} forward {forward:.4f} ms, backward {backward:.4f}, together {forward + backward:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Call every CUDA kernel of lightning attention on small shapes, to be run under `compute-sanitizer`."""
+
+import argparse
+import itertools
+from unittest import mock
+
+import torch
+
+from ops import lightning_attention, lightning_attention_step, lightning_cuda
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+WIDTHS = [(64, 64), (128, 128), (256, 64), (40, 24), (136, 200)]
+
+
+def call(d: int, e: int, dtype: torch.dtype, device: torch.device, qk_norm: bool, packed: bool, backend: str) -> None:
+    """Forward and backward with all arguments and all gradients."""
+    batch, heads, groups, tokens = 1 if packed else 2, 2, 1, 147
+    q, k, v = (
+        torch.randn(batch, n, tokens, width, device=device).to(dtype).requires_grad_()
+        for n, width in ((heads, d), (groups, d), (heads, e))
+    )
+    bounds = torch.tensor([0, 70, 70, tokens], device=device, dtype=torch.int32) if packed else None
+    state = torch.randn(3 if packed else batch, heads, d, e, device=device, requires_grad=True)
+    log_decay = torch.full((heads,), -0.1, device=device, requires_grad=True)
+    o, final = lightning_attention(
+        q, k, v, log_decay, qk_norm=qk_norm, initial_state=state, output_final_state=True, cu_seqlens=bounds,
+        backend=backend,
+    )  # fmt: skip
+    torch.autograd.backward((o, final), (torch.randn_like(o), torch.randn_like(final)))
+
+
+def every(dtype: torch.dtype, device: torch.device, backend: str = "cuda") -> int:
+    """How many calls of `lightning_attention` there were."""
+    plan, calls = lightning_cuda._segment_length, 0
+    for (d, e), qk_norm, length, packed in itertools.product(WIDTHS, (False, True), (0, 64), (False, True)):
+        cut = (length, 0)
+        with mock.patch.object(lightning_cuda, "_segment_length", (lambda *_, cut=cut: cut) if length else plan):
+            call(d, e, dtype, device, qk_norm, packed, backend)
+        calls += 1
+    q, k, v = (torch.randn(3, 2, 1, width, device=device).to(dtype) for width in (40, 40, 24))
+    lightning_attention_step(q, k, v, torch.full((2,), -0.1, device=device), torch.zeros(3, 2, 40, 24, device=device))
+    return calls
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.every_kernel", description=__doc__)
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--fill", action="store_true", help="fill memory that PyTorch hands out, for initcheck")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU, torch.cuda.is_available() is False")
+    if args.fill:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    for name in args.dtypes:
+        calls = every(DTYPES[name], torch.device("cuda"))
+        torch.cuda.synchronize()
+        print(f"{name}: {calls} calls")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""scripts/benchmark_passes.py and scripts/every_kernel.py, as far as they need no GPU, and on one."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from ops import chunkwise, lightning_cuda
+from scripts import benchmark_passes, every_kernel
+from scripts.benchmark_passes import GROUPS, Shape, measured
+
+CPU = torch.device("cpu")
+
+
+def test_every_kernel_makes_calls_that_the_operator_takes() -> None:
+    assert every_kernel.every(torch.float32, CPU, backend="torch") == 40
+
+
+def test_passes_get_the_arguments_that_a_shape_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def forward(q, k, v, log_decay, initial, bounds, qk_norm, with_state, lengths):  # type: ignore[no-untyped-def]
+        seen.append((tuple(q.shape), tuple(k.shape), qk_norm, None if bounds is None else bounds.tolist()))
+        return chunkwise.forward(q, k, v, log_decay, initial, bounds, qk_norm)
+
+    def backward(do, grad_state, *arguments):  # type: ignore[no-untyped-def]
+        assert do.shape == arguments[0].shape
+        assert (arguments[-1] is not None) == arguments[-2]
+
+    monkeypatch.setattr(lightning_cuda, "forward", forward)
+    monkeypatch.setattr(lightning_cuda, "backward", backward)
+    shape = Shape(1, 4, 70, 16, G=2, qk_norm=True, bounds=(0, 30, 70))
+    times = measured(shape, 2, CPU)
+    assert min(times) >= 0
+    assert seen == [((1, 4, 70, 16), (1, 2, 70, 16), True, [0, 30, 70])] * 5
+    assert str(shape) == "(1, 4, 70, 16), 2 key/value, norm, packed"
+
+
+@pytest.mark.parametrize(
+    ("main", "options", "said"),
+    [
+        (benchmark_passes.main, ["wide"], "expected some of base, norm, group, packed, got wide"),
+        (benchmark_passes.main, ["--repeats", "0"], "--repeats: expected a whole number from 1, got 0"),
+        (every_kernel.main, ["--dtypes", "float64"], "invalid choice: 'float64'"),
+    ],
+)
+def test_wrong_options(
+    main: Callable[[list[str]], None], options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(options)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_both_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    if (reason := lightning_cuda.library_unavailable_reason(0)) is not None:
+        pytest.skip(reason)
+    every_kernel.main(["--dtypes", "bfloat16"])
+    benchmark_passes.main(["norm", "--repeats", "1"])
+    out = capsys.readouterr().out
+    assert "bfloat16: 40 calls" in out
+    assert len(re.findall(r"together \d+\.\d+", out)) == len(GROUPS["norm"])
