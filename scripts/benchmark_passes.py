@@ -1,16 +1,14 @@
 """Time the CUDA kernels' forward and backward pass alone: `python -m scripts.benchmark_passes --help`."""
 
 import argparse
-import statistics
 from dataclasses import dataclass
 
 import torch
 
 from ops import lightning_cuda
 
-from .measure import header, seconds
-
-WARM_UP = 3
+from .benchmark_cases import FLOORS
+from .measure import Run, header, median_seconds
 
 
 @dataclass(frozen=True)
@@ -30,12 +28,10 @@ class Shape:
         return ", ".join([str((self.B, self.H, self.T, self.D)), *(mark for mark, given in marks.items() if given)])
 
 
-_BASE = [(16, 16, 2048, 128), (8, 16, 4096, 128), (2, 16, 16384, 128), (1, 16, 65536, 128), (1, 32, 131072, 128),
-         (8, 12, 4096, 64), (8, 4, 4096, 256), (8, 1, 4096, 768), (8, 2, 4096, 1024)]  # fmt: skip
 GROUPS = {
-    "base": [Shape(*shape) for shape in _BASE],
-    "norm": [Shape(*_BASE[i], qk_norm=True) for i in (0, 2, 5, 6)],
-    "group": [Shape(*_BASE[i], G=1) for i in (0, 5)],
+    "base": [Shape(*shape) for shape in FLOORS],
+    "norm": [Shape(*FLOORS[i], qk_norm=True) for i in (0, 2, 5, 6)],
+    "group": [Shape(*FLOORS[i], G=1) for i in (0, 5)],
     "packed": [
         Shape(16, 16, 4096, 128),
         Shape(1, 16, 65536, 128, bounds=tuple(range(0, 65537, 4096))),
@@ -47,10 +43,9 @@ GROUPS = {
 def measured(shape: Shape, repeats: int, device: torch.device) -> tuple[float, float]:
     """Median milliseconds of forward and of backward."""
     random = torch.Generator(device=device).manual_seed(0)
-    size = shape.B, shape.T, shape.D
 
     def vectors(heads: int, unit: bool) -> torch.Tensor:
-        x = torch.randn(size[0], heads, *size[1:], device=device, generator=random)
+        x = torch.randn(shape.B, heads, shape.T, shape.D, device=device, generator=random)
         return (torch.nn.functional.normalize(x, dim=-1) if unit else x).bfloat16()
 
     shared = shape.G or shape.H
@@ -61,10 +56,8 @@ def measured(shape: Shape, repeats: int, device: torch.device) -> tuple[float, f
     lengths = lightning_cuda.empty_lengths(q, k, v, shape.qk_norm)
     arguments = q, k, v, log_decay, None, bounds, shape.qk_norm
 
-    def median(run) -> float:  # type: ignore[no-untyped-def]
-        for _ in range(WARM_UP):
-            run()
-        return statistics.median(seconds(run, device) for _ in range(repeats)) * 1e3
+    def median(run: Run) -> float:
+        return median_seconds(run, repeats, device) * 1e3
 
     forward = median(lambda: lightning_cuda.forward(*arguments, False, lengths))
     return forward, median(lambda: lightning_cuda.backward(do, None, *arguments, lengths))

@@ -1,18 +1,14 @@
 """Time one token of decoding in a CUDA graph against a copy: `python -m scripts.benchmark_step --help`."""
 
 import argparse
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ops import lightning_attention_step
 
-from .measure import header, seconds, summary
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-WARM_UP = 3
+from .measure import header, median_seconds
 
 
 class Step(NamedTuple):
@@ -47,37 +43,31 @@ def captured_step(layers: int, batch: int, heads: int, width: int, dtype: torch.
     return Step(graph, q, k, v, log_decay, states)
 
 
-def _median(run: Callable[[], Any], repeats: int) -> float:
-    for _ in range(WARM_UP):
-        run()
-    return summary([seconds(run, torch.device("cuda")) for _ in range(repeats)]).median
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.benchmark_step", description=__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--width", type=int, default=128, help="of a head's q, k and v")
     parser.add_argument("--layers", type=int, default=24, help="steps of a graph, each with a state of its own")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of q, k and v; states are float32")
-    parser.add_argument("--repeats", type=int, default=30, help="at least 2")
+    dtypes = ["bfloat16", "float16", "float32"]
+    parser.add_argument("--dtype", choices=dtypes, default="bfloat16", help="of q, k and v; states are float32")
+    parser.add_argument("--repeats", type=int, default=30)
     args = parser.parse_args(argv)
-    for name in ("heads", "width", "layers"):
+    for name in ("heads", "width", "layers", "repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: expected a whole number from 1, got {getattr(args, name)}")
     if min(args.batch) < 1:
         parser.error(f"--batch: expected whole numbers from 1, got {min(args.batch)}")
-    if args.repeats < 2:
-        parser.error(f"--repeats: expected a whole number from 2, got {args.repeats}")
     if not torch.cuda.is_available():
         parser.error("needs a GPU, torch.cuda.is_available() is False")
-    print(header(torch.device("cuda")))
+    device = torch.device("cuda")
+    print(header(device))
     source = torch.zeros(2**28, device="cuda")  # a gigabyte, so from no cache
     target = torch.empty_like(source)
-    most = 2 * source.nbytes / _median(lambda: target.copy_(source), args.repeats) / 1e9
+    most = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), args.repeats, device) / 1e9
     for batch in args.batch:
-        step = captured_step(args.layers, batch, args.heads, args.width, DTYPES[args.dtype])
-        median = _median(step.graph.replay, args.repeats)
+        step = captured_step(args.layers, batch, args.heads, args.width, getattr(torch, args.dtype))
+        median = median_seconds(step.graph.replay, args.repeats, device)
         rate = 2 * step.states.nbytes / median / 1e9
         print(
             f"batch {batch}: {median / args.layers * 1e6:.2f} us a layer and token, states read and written at"

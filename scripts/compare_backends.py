@@ -79,12 +79,7 @@ def _wait(device: torch.device) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.compare_backends", description=__doc__)
-    parser.add_argument(
-        "--config",
-        type=Path,
-        required=True,
-        help="of training: `model` is used, vocab_size too",
-    )
+    parser.add_argument("--config", type=Path, required=True, help="of training: `model` is used, vocab_size too")
     parser.add_argument("--text", type=Path, required=True, help="what is learned, two bytes a token")
     parser.add_argument("--backends", nargs="+", choices=["torch", "cuda"], default=["torch", "cuda"])
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16", help="of autocast; weights are float32")

@@ -8,7 +8,7 @@ import torch
 
 from ops import lightning_attention, lightning_attention_step, lightning_cuda
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = ["bfloat16", "float16", "float32"]
 WIDTHS = [(64, 64), (128, 128), (256, 64), (40, 24), (136, 200)]
 
 
@@ -44,7 +44,7 @@ def every(dtype: torch.dtype, device: torch.device, backend: str = "cuda") -> in
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.every_kernel", description=__doc__)
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--fill", action="store_true", help="fill memory that PyTorch hands out, for initcheck")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     for name in args.dtypes:
-        calls = every(DTYPES[name], torch.device("cuda"))
+        calls = every(getattr(torch, name), torch.device("cuda"))
         torch.cuda.synchronize()
         print(f"{name}: {calls} calls")
 

@@ -72,6 +72,13 @@ def seconds(run: Run, device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
+def median_seconds(run: Run, repeats: int, device: torch.device) -> float:
+    """Median of `seconds` of as many runs, behind a few that are not counted."""
+    for _ in range(3):
+        run()
+    return statistics.median(seconds(run, device) for _ in range(repeats))
+
+
 def peak_memory(run: Run, device: torch.device) -> int:
     """Bytes that a run holds at most over what was allocated before it, its results included.
 

@@ -26,7 +26,7 @@ def test_a_graph_takes_a_token_of_every_layer(capsys: pytest.CaptureFixture[str]
     [
         (["--heads", "0"], "--heads: expected a whole number from 1, got 0"),
         (["--batch", "4", "-1"], "--batch: expected whole numbers from 1, got -1"),
-        (["--repeats", "1"], "--repeats: expected a whole number from 2, got 1"),
+        (["--repeats", "0"], "--repeats: expected a whole number from 1, got 0"),
     ],
 )
 def test_wrong_options(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,7 +106,7 @@ def test_sequences_cut_in_segments(
 def test_every_variant_on_small_shapes(
     d: int, e: int, qk_norm: bool, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What `compute-sanitizer` is run on."""
+    """Each also cut in segments."""
     for length in (192, 64):  # whole, and cut in three
         monkeypatch.setattr("ops.lightning_cuda._segment_length", lambda *_, length=length: (length, 0))
         check(Case(T=130, B=1, H=2, Gk=2, Gv=1, D=d, E=e, qk_norm=qk_norm), device, dtype)
