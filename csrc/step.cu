@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const StepParams p) {
       const int at = first + u * kRows;
       if (at >= p.d) continue;
       if constexpr (kVector) {
-        if (columns > 0) *reinterpret_cast<float4*>(s[u]) = *reinterpret_cast<const float4*>(state + int64_t(at) * p.e);
+        if (columns > 0)
+          *reinterpret_cast<float4*>(s[u]) = __ldcs(reinterpret_cast<const float4*>(state + int64_t(at) * p.e));
       } else {
 #pragma unroll
         for (int c = 0; c < 4; ++c)
@@ -61,7 +62,8 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const StepParams p) {
         out[c] = fmaf(query, s[u][c], out[c]);
       }
       if constexpr (kVector) {
-        if (columns > 0) *reinterpret_cast<float4*>(state + int64_t(at) * p.e) = *reinterpret_cast<const float4*>(s[u]);
+        if (columns > 0)
+          __stcs(reinterpret_cast<float4*>(state + int64_t(at) * p.e), *reinterpret_cast<const float4*>(s[u]));
       } else {
 #pragma unroll
         for (int c = 0; c < 4; ++c)
