@@ -1,5 +1,6 @@
 // S ← λ S + kᵀ v, o = q S: equation (8) of README.md. A block takes 32 columns of one head's state, a thread 4 of them
-// in every 32nd row.
+// in every 32nd row. States are read and written as what is not wanted again: of all layers they rarely fit the second
+// cache.
 #include "step.h"
 
 #include "element.cuh"

@@ -21,22 +21,31 @@ class Shape:
     D: int
     G: int | None = None
     qk_norm: bool = False
+    outside: bool = False  # unit length by kernels of its own
     bounds: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
-        marks = {f"{self.G} key/value": self.G, "norm": self.qk_norm, "packed": self.bounds}
+        marks = {
+            f"{self.G} key/value": self.G,
+            "norm": self.qk_norm,
+            "norm outside": self.outside,
+            "packed": self.bounds,
+        }
         return ", ".join([str((self.B, self.H, self.T, self.D)), *(mark for mark, given in marks.items() if given)])
 
 
 GROUPS = {
     "base": [Shape(*shape) for shape in FLOORS],
-    "norm": [Shape(*FLOORS[i], qk_norm=True) for i in (0, 2, 5, 6)],
+    "norm": [
+        Shape(*FLOORS[i], qk_norm=not outside, outside=outside) for i in (0, 2, 5, 6) for outside in (False, True)
+    ],
     "group": [Shape(*FLOORS[i], G=1) for i in (0, 5)],
     "packed": [
         Shape(16, 16, 4096, 128),
         Shape(1, 16, 65536, 128, bounds=tuple(range(0, 65537, 4096))),
         Shape(1, 16, 65536, 128),
     ],
+    "long": [Shape(64, 16, 2048, 128), Shape(1, 16, 131072, 128)],
 }
 
 
@@ -49,18 +58,31 @@ def measured(shape: Shape, repeats: int, device: torch.device) -> tuple[float, f
         return (torch.nn.functional.normalize(x, dim=-1) if unit else x).bfloat16()
 
     shared = shape.G or shape.H
-    q, k = (vectors(heads, not shape.qk_norm) for heads in (shape.H, shared))
+    q, k = (vectors(heads, not shape.qk_norm and not shape.outside) for heads in (shape.H, shared))
     v, do = (vectors(heads, False) for heads in (shared, shape.H))
     log_decay = -torch.rand(shape.H, device=device, generator=random) * 0.1
     bounds = None if shape.bounds is None else torch.tensor(shape.bounds, device=device, dtype=torch.int32)
     lengths = lightning_cuda.empty_lengths(q, k, v, shape.qk_norm)
-    arguments = q, k, v, log_decay, None, bounds, shape.qk_norm
+    rest = v, log_decay, None, bounds, shape.qk_norm
+
+    def queries_and_keys() -> tuple[torch.Tensor, torch.Tensor]:
+        return (lightning_cuda._unit_length(q), lightning_cuda._unit_length(k)) if shape.outside else (q, k)
+
+    kept = queries_and_keys()
 
     def median(run: Run) -> float:
         return median_seconds(run, repeats, device) * 1e3
 
-    forward = median(lambda: lightning_cuda.forward(*arguments, False, lengths))
-    return forward, median(lambda: lightning_cuda.backward(do, None, *arguments, lengths))
+    def forward() -> None:
+        lightning_cuda.forward(*(*queries_and_keys(), *rest), False, lengths)
+
+    def backward() -> None:
+        grads = lightning_cuda.backward(do, None, *(*kept, *rest), lengths)
+        if shape.outside:
+            lightning_cuda._unit_length(q, grads[0])
+            lightning_cuda._unit_length(k, grads[1])
+
+    return median(forward), median(backward)
 
 
 def main(argv: list[str] | None = None) -> None:
