@@ -366,13 +366,18 @@ void decay_gradient(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   check_cuda(run_decay_gradient(p, element_type(k, "k"), exact, slots * heads * tiles, stream_of(k)));
 }
 
-void combine(const Tensor& parts, const Tensor& out) {
+void combine(const Tensor& parts, int64_t dim, const Tensor& out) {
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
-  check_same(parts, "parts", ScalarType::Float, out);
-  CHECK(parts.is_contiguous() && out.is_contiguous() && parts.numel() == parts.size(0) * out.numel(),
-        "parts: expected contiguous, of the size of out each");
-  check_cuda(run_combine(static_cast<const float*>(parts.data_ptr()), parts.size(0), out.data_ptr(), out.numel(),
-                         element_type(out, "out"), stream_of(out)));
+  const ElementType type = element_type(parts, "parts"), out_type = element_type(out, "out");
+  check_same(parts, "parts", type == ElementType::kFloat32 ? ScalarType::Float : out.scalar_type(), out);
+  CHECK(dim >= 0 && dim < parts.dim() && parts.dim() == out.dim() + 1, "parts: expected one dim more than out has");
+  CombineParams p{parts.data_ptr(), out.data_ptr(), 1, 1, int(parts.size(dim))};
+  for (int64_t i = 0; i < out.dim(); ++i) {
+    CHECK(parts.size(i + (i >= dim)) == out.size(i), "parts: expected the sizes of out");
+    (i < dim ? p.outer : p.inner) *= out.size(i);
+  }
+  CHECK(parts.is_contiguous() && out.is_contiguous(), "parts, out: expected contiguous");
+  check_cuda(run_combine(p, type, out_type, stream_of(out)));
 }
 
 void unit_length(const Tensor& x, const std::optional<Tensor>& grad, const Tensor& out) {
@@ -389,7 +394,7 @@ void unit_length(const Tensor& x, const std::optional<Tensor>& grad, const Tenso
   check_shape(out, "out", {x.size(0), x.size(1), x.size(2), x.size(3)});
   CHECK(out.is_contiguous(), "out: expected contiguous");
   p.out = out.data_ptr();
-  p.rows = x.size(0) * x.size(1) * x.size(2), p.heads = x.size(1), p.tokens = x.size(2), p.width = x.size(3);
+  p.pairs = x.size(0) * x.size(1), p.heads = x.size(1), p.tokens = x.size(2), p.width = x.size(3);
   check_cuda(run_unit_length(p, element_type(x, "x"), stream_of(x)));
 }
 
@@ -438,7 +443,7 @@ STABLE_TORCH_LIBRARY(transnormer_kernels, m) {
   m.def(
       "decay_gradient(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? initial, Tensor? table, Tensor grad_o,"
       " Tensor? grad_state, Tensor(a!) parts, bool exact) -> ()");
-  m.def("combine(Tensor parts, Tensor(a!) out) -> ()");
+  m.def("combine(Tensor parts, int dim, Tensor(a!) out) -> ()");
   m.def("unit_length(Tensor x, Tensor? grad, Tensor(a!) out) -> ()");
   m.def("step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, Tensor(b!) out) -> ()");
 }

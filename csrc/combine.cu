@@ -1,7 +1,9 @@
-// Adds up the parts of an output that tiles of d made: a thread kWidth neighbouring values.
+// Adds up parts of a tensor: a thread kWidth neighbouring values, read and written at once.
 #include "combine.h"
 
 #include "element.cuh"
+
+#include <type_traits>
 
 namespace {
 
@@ -12,38 +14,47 @@ struct alignas(kWidth * sizeof(Value)) Pack {
   Value values[kWidth];
 };
 
-template <class Element, int kWidth>
-__global__ void combine_kernel(const float* parts, int number, Element* out, int64_t packs) {
-  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (at >= packs) return;
+template <class Element, class Out, int kWidth>
+__global__ void __launch_bounds__(kThreads) combine_kernel(const CombineParams p) {
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, inner = p.inner / kWidth;
+  if (at >= p.outer * inner) return;
+  const int64_t outer = at / inner;
+  auto part = reinterpret_cast<const Pack<Element, kWidth>*>(p.parts) + outer * (p.number - 1) * inner + at;
   Pack<float, kWidth> sum{};
-  for (int part = 0; part < number; ++part) {
-    const auto x = reinterpret_cast<const Pack<float, kWidth>*>(parts)[part * packs + at];
+#pragma unroll 8
+  for (int i = 0; i < p.number; ++i, part += inner) {
+    const Pack<Element, kWidth> x = *part;
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum.values[i] += x.values[i];
+    for (int j = 0; j < kWidth; ++j) sum.values[j] += float(x.values[j]);
   }
-  Pack<Element, kWidth> rounded;
+  Pack<Out, kWidth> rounded;
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) rounded.values[i] = Element(sum.values[i]);
-  reinterpret_cast<Pack<Element, kWidth>*>(out)[at] = rounded;
+  for (int j = 0; j < kWidth; ++j) rounded.values[j] = Out(sum.values[j]);
+  reinterpret_cast<Pack<Out, kWidth>*>(p.out)[at] = rounded;
 }
 
-template <class Element, int kWidth>
-void launch(const float* parts, int number, void* out, int64_t count, cudaStream_t stream) {
-  const int64_t packs = count / kWidth;
-  combine_kernel<Element, kWidth><<<dim3((packs + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
-      parts, number, static_cast<Element*>(out), packs);
+template <class Element, class Out, int kWidth>
+cudaError_t launch(const CombineParams& p, cudaStream_t stream) {
+  const int64_t blocks = (p.outer * p.inner / kWidth + kThreads - 1) / kThreads;
+  combine_kernel<Element, Out, kWidth><<<dim3(blocks), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <class Element, class Out>
+cudaError_t combine(const CombineParams& p, cudaStream_t stream) {
+  constexpr int kWidth = 16 / sizeof(Element);
+  const bool packs = p.inner % kWidth == 0 && reinterpret_cast<uintptr_t>(p.parts) % 16 == 0 &&
+                     reinterpret_cast<uintptr_t>(p.out) % (kWidth * sizeof(Out)) == 0;
+  return packs ? launch<Element, Out, kWidth>(p, stream) : launch<Element, Out, 1>(p, stream);
 }
 
 }  // namespace
 
-cudaError_t run_combine(const float* parts, int number, void* out, int64_t count, ElementType type,
-                        cudaStream_t stream) {
-  return with_element(type, [&](auto element) {
-    if (count % 4 == 0)
-      launch<decltype(element), 4>(parts, number, out, count, stream);
-    else
-      launch<decltype(element), 1>(parts, number, out, count, stream);
-    return cudaGetLastError();
+cudaError_t run_combine(const CombineParams& p, ElementType type, ElementType out_type, cudaStream_t stream) {
+  if (p.outer * p.inner == 0) return cudaSuccess;
+  return with_element(out_type, [&](auto out) {
+    using Out = decltype(out);
+    if (type == ElementType::kFloat32) return combine<float, Out>(p, stream);
+    return type == out_type ? combine<Out, Out>(p, stream) : cudaErrorInvalidValue;
   });
 }

@@ -1,10 +1,16 @@
-// Adds up the parts of an output that tiles of d made.
+// Adds up parts of a tensor: of an output, that tiles of d made, or of a gradient, that heads of a group made.
 #pragma once
 
 #include <cstdint>
 
 #include "params.h"
 
-// out (count values of `type`) = the sum of `number` parts of float32, one after another.
-cudaError_t run_combine(const float* parts, int number, void* out, int64_t count, ElementType type,
-                        cudaStream_t stream);
+// out (outer, inner), of `out_type`, = the sum of the parts (outer, number, inner), of `type`, one after another and in
+// float32. The types are the same, or that of the parts is float32.
+struct CombineParams {
+  const void* parts;
+  void* out;
+  int64_t outer, inner;
+  int number;
+};
+cudaError_t run_combine(const CombineParams& p, ElementType type, ElementType out_type, cudaStream_t stream);

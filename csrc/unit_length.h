@@ -8,7 +8,7 @@
 struct UnitLengthParams {
   View x, grad;  // grad.data null: u
   void* out;
-  int64_t rows;
+  int64_t pairs;  // B × heads
   int heads, tokens, width;
 };
 cudaError_t run_unit_length(const UnitLengthParams& p, ElementType type, cudaStream_t stream);

@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .numerics import sum_groups
-
 MAX_WIDTH = 1024
 CHUNK = 64  # tokens; kChunk of csrc/variant.cuh
 FLOAT32_TILE = 128, 64  # kFloat32Tile of csrc/variants.h
@@ -149,7 +147,7 @@ def backward(
         dv = _attend(k, q, do, heads, log_decay, grad_state, cu_seqlens, final=grad_initial, reverse=True)
         start = None if grad_state is None else grad_state.mT
         dk = _attend(v, do, q, heads, log_decay, start, cu_seqlens, reverse=True)
-    dk, dv = sum_groups(dk, k.shape[1]), sum_groups(dv, v.shape[1])
+    dk, dv = _sum_groups(dk, k.shape[1]), _sum_groups(dv, v.shape[1])
 
     dq, dk, dv = (x[..., :width] for x, width in ((dq, d), (dk, d), (dv, e)))
     if norm_outside:
@@ -236,7 +234,7 @@ def _attend(
     if parts == 1:
         return out
     o = v.new_empty(shape)
-    torch.ops.transnormer_kernels.combine(out, o)
+    torch.ops.transnormer_kernels.combine(out, 0, o)
     return o
 
 
@@ -333,6 +331,15 @@ def _segment_length(chains: int, tokens: int, slots: int) -> tuple[int, int]:
 
     best = min(map(length_of, range(1, max(2 * slots // chains, 1) + 1)), key=walked)
     return best, int(walked(best))
+
+
+def _sum_groups(x: Tensor, groups: int) -> Tensor:
+    """As `sum_groups` of `numerics`, of a contiguous x."""
+    if x.shape[1] == groups:
+        return x
+    out = x.new_empty((x.shape[0], groups, *x.shape[2:]))
+    torch.ops.transnormer_kernels.combine(x.unflatten(1, (groups, -1)), 2, out)
+    return out
 
 
 def _unit_length(x: Tensor, grad: Tensor | None = None) -> Tensor:
