@@ -247,12 +247,14 @@ void attend_float32(const Tensor& q, const Tensor& k, const Tensor& v, const std
   check_cuda(run_pass_float32(p, true, exact, slots * heads * p.d_tiles * p.e_tiles, stream_of(k)));
 }
 
-// Lengths of vectors: kept where the output is made, if asked for, and read where gradients are.
-void fill_lengths(PassParams& p, const Tensor& of_rows, const Tensor& of_columns, const std::optional<Tensor>& rows,
-                  const std::optional<Tensor>& columns, bool read) {
-  CHECK(rows.has_value() == columns.has_value() && (rows.has_value() || !read),
-        "row_lengths, column_lengths: expected where they are read");
-  if (!rows) return;
+// Lengths of vectors: kept where the output is made, if asked for, and read where gradients are, of rows (`of_rows` may
+// be null) and columns.
+void fill_lengths(PassParams& p, const Tensor* of_rows, const Tensor& of_columns, const std::optional<Tensor>& rows,
+                  const std::optional<Tensor>& columns) {
+  const bool read = p.norm == Norm::kKept || p.norm == Norm::kValues;
+  CHECK(columns.has_value() || !read, "column_lengths: expected where they are read");
+  CHECK(rows.has_value() == (columns && of_rows != nullptr), "row_lengths: expected with column_lengths, of rows");
+  if (!columns) return;
   CHECK(p.norm != Norm::kNone, "row_lengths, column_lengths: expected with a norm alone");
   const int64_t tokens = (p.tokens + 3) / 4 * 4;  // rows of whole 16 bytes
   const auto check = [&](const Tensor& x, const char* name, const Tensor& of) {
@@ -260,11 +262,13 @@ void fill_lengths(PassParams& p, const Tensor& of_rows, const Tensor& of_columns
     check_shape(x, name, {of.size(0), of.size(1), tokens});
     CHECK(x.is_contiguous(), name, ": expected contiguous");
   };
-  check(*rows, "row_lengths", of_rows);
   check(*columns, "column_lengths", of_columns);
-  p.row_lengths = tiled_lengths(*rows, "row_lengths", p.tokens, read ? kLengthsAtOnce : 64);
   p.column_lengths = tiled_lengths(*columns, "column_lengths", p.tokens, read ? kLengthsAtOnce : 64);
-  p.kept_rows = static_cast<float*>(rows->data_ptr());
+  if (rows) {
+    check(*rows, "row_lengths", *of_rows);
+    p.row_lengths = tiled_lengths(*rows, "row_lengths", p.tokens, read ? kLengthsAtOnce : 64);
+    p.kept_rows = static_cast<float*>(rows->data_ptr());
+  }
   p.kept_columns = static_cast<float*>(columns->data_ptr());
   p.kept_stride = tokens;
   p.kept_group = p.heads / of_columns.size(1);
@@ -293,20 +297,19 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   p.k = tiled(k, "k", heads, tile.d);
   p.v = tiled(v, "v", heads, tile.e);
   p.norm = Norm(norm);
-  CHECK(p.norm == Norm::kNone || (p.norm == Norm::kValues ? tile.d <= 128 && p.e_tiles == 1 : p.d_tiles == 1),
+  const bool late = p.norm == Norm::kValues && tile.d == tile.e;  // Variant::kLate
+  CHECK(p.norm == Norm::kNone || (p.norm == Norm::kValues ? !late || p.e_tiles == 1 : p.d_tiles == 1),
         "norm: expected vectors no wider than a tile");
-  CHECK(x.has_value() == (both || p.norm == Norm::kValues), "x: expected where it is used");
+  CHECK(x.has_value() == (both || late), "x: expected where it is used");
   if (x) {
     check_same(*x, "x", k.scalar_type(), k);
     check_shape(*x, "x", {p.batch, heads, p.tokens, p.e});
     p.x = tiled(*x, "x", heads, tile.e);
   }
   if (p.norm == Norm::kValues)
-    fill_lengths(p, *x, v, row_lengths, column_lengths, true);
-  else if (both)
-    fill_lengths(p, k, q, row_lengths, column_lengths, p.norm != Norm::kNone);
+    fill_lengths(p, late ? &*x : nullptr, v, row_lengths, column_lengths);
   else
-    fill_lengths(p, q, k, row_lengths, column_lengths, false);
+    fill_lengths(p, both ? &k : &q, both ? q : k, row_lengths, column_lengths);
   fill_output(p, out, k);
   if (p.out != nullptr) p.out_tiles = tiled(out, "out", heads, tile.e);
   if (both) {
@@ -316,7 +319,6 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
     p.out_of_k = out_of_k->data_ptr();
     p.out_of_k_tiles = tiled(*out_of_k, "out_of_k", heads, tile.d);
   }
-  CHECK(!p.partial || p.norm != Norm::kValues, "out: expected in one part");
   const int64_t chains = (table ? 1 : p.batch) * heads * p.d_tiles * p.e_tiles;
   CHECK(chain.has_value() == (p.segments > 1) && counts.has_value() == chain.has_value(),
         "chain, counts: expected with more than one segment");

@@ -53,13 +53,15 @@ struct Fetcher {
   __device__ void segment(int first_token) {
     const Source q_source(p.q, shared.next), k_source(p.k, shared.next), v_source(p.v, shared.next),
         x_source(V::kBoth || V::kLate ? p.x : p.v, shared.next);
+    const Source& rows = V::kBoth ? k_source : V::kLate ? x_source : q_source;  // of lengths
+    const Source& columns = V::kBoth ? q_source : V::kRowLengths ? k_source : v_source;
     const int d = shared.next.d_tile, e = shared.next.e_tile, length = shared.next.length;
     const int chunks = max(1, (length + kChunk - 1) / kChunk);
     for (int round = shared.next.ends ? 1 : 0; round < 2; ++round) {
       const bool all = round == 1, x = V::kBoth;
       const bool v = all || !V::kBoth, q = all || V::kBoth, k = all || !V::kBoth;
       const int bytes = ((q + k) * V::kQPanels + (v + x) * V::kVPanels) * kPanelBytes +
-                        (V::kReadsLengths ? 2 * sizeof(Lengths::values) : 0);
+                        (V::kReadsRows + V::kReadsLengths) * int(sizeof(Lengths::values));
       const Kind kind = all ? Kind::kOutput : Kind::kAdvance;
       const Keep hint = keep(kind);
       for (int i = 0; i < chunks; ++i) {
@@ -80,10 +82,9 @@ struct Fetcher {
         if (q) copy<V::kQPanels>(tile.q, p.q, q_source, full, hint, token, d);
         if (v) copy<V::kVPanels>(tile.v, p.v, v_source, full, hint, token, e);
         if (x) copy<V::kVPanels>(tile.x, p.x, x_source, full, hint, token, e);
-        if constexpr (V::kReadsLengths) {
-          copy_lengths(shared.lengths[stage][0], p.row_lengths, V::kBoth ? k_source : x_source, full, hint, token);
-          copy_lengths(shared.lengths[stage][1], p.column_lengths, V::kBoth ? q_source : v_source, full, hint, token);
-        }
+        if constexpr (V::kReadsRows) copy_lengths(shared.lengths[stage][0], p.row_lengths, rows, full, hint, token);
+        if constexpr (V::kReadsLengths)
+          copy_lengths(shared.lengths[stage][1], p.column_lengths, columns, full, hint, token);
       }
     }
   }

@@ -55,25 +55,29 @@ struct Inspector {
     });
   }
 
-  // The same of lengths that were kept: of the scores' columns, and of the rows of two outputs. Such a length is NaN
-  // where a value is not finite.
+  // The same of lengths that were kept: of the scores' columns or of values, which columns weigh, and of rows. Such a
+  // length is NaN where a value is not finite.
   __device__ void use_lengths(const Chunk& chunk, const Stage<V>& tile, Notes<V>& notes, const Lengths (&kept)[2]) {
-    constexpr int kPanels = V::kBoth ? V::kQPanels : V::kVPanels;
+    constexpr bool kOfValues = V::kBoth || !V::kRowLengths;
+    constexpr int kPanels = V::kRowLengths ? V::kQPanels : V::kVPanels;
+    uint8_t* vectors = V::kBoth ? tile.q : V::kRowLengths ? tile.k : tile.v;
     const float inverse = thread < chunk.n ? kept[1].of(chunk, thread) : 1.f;
-    const float column = length_of_kept<Element, 1>(inverse, V::kBoth ? tile.b() : tile.v, kPanels, thread).unit;
+    const float column = length_of_kept<Element>(inverse, vectors, kPanels, thread).unit;
     notes.columns[thread] = column;
     notes.scaled[thread] = column * notes.writing[thread];
-    const bool nonfinite = __any_sync(~0u, isnan(column));
-    if (thread % 32 == 0) notes.nonfinite[V::kBoth][thread / 32] = nonfinite;
-    if constexpr (V::kBoth) notes.rows[thread] = use_length_of_row(chunk, tile.k, notes, kept[0]);
+    if constexpr (kOfValues) {
+      const bool nonfinite = __any_sync(~0u, isnan(column));
+      if (thread % 32 == 0) notes.nonfinite[V::kBoth][thread / 32] = nonfinite;
+    }
+    if constexpr (V::kRowLengths)
+      notes.rows[thread] = use_length_of_row(chunk, V::kBoth ? tile.k : tile.q, notes, kept[0]);
   }
 
-  // Of the vectors that a gradient is taken to. Returns what makes this thread's of unit length.
+  // Of the scores' rows, or the vectors that a gradient is taken to. Returns what makes this thread's of unit length.
   __device__ float use_length_of_row(const Chunk& chunk, uint8_t* vectors, Notes<V>& notes, const Lengths& kept) {
     const float inverse = thread < chunk.n ? kept.of(chunk, thread) : 1.f;
-    const Length row = length_of_kept<Element, 1>(inverse, vectors, V::kBoth ? V::kQPanels : V::kVPanels, thread);
-    notes.inverse[thread] = row.inverse;
-    notes.along[thread] = row.along();
+    const Length row = length_of_kept<Element>(inverse, vectors, V::kRowLengths ? V::kQPanels : V::kVPanels, thread);
+    if constexpr (V::kThrough) notes.inverse[thread] = row.inverse, notes.along[thread] = row.along();
     return row.unit;
   }
 

@@ -14,18 +14,32 @@ struct Length {
   __device__ float along() const { return constant ? 0.f : unit * unit; }
 };
 
-// Of a row whose square the types can't hold well: it is first multiplied by a power of two, in place, which changes no
-// digit.
+// Multiplies a row by a power of two, in place, which changes no digit. Returns the sum of its squares.
+template <class Element>
+__device__ inline float scale_row(uint8_t* tile, int panels, int row, float scale) {
+  float squares = 0.f;
+  for (int piece = 0; piece < panels * 8; ++piece) {
+    const uint32_t address = shared_address(tile) + piece / 8 * kPanelBytes + piece_offset(row, piece % 8);
+    uint4 x = load_piece(address);
+    for (uint32_t* word : {&x.x, &x.y, &x.z, &x.w}) {
+      const float2 pair = unpack<Element>(*word), scaled = make_float2(pair.x * scale, pair.y * scale);
+      *word = pack<Element>(scaled.x, scaled.y);
+      squares += scaled.x * scaled.x + scaled.y * scaled.y;
+    }
+    store_piece(address, x);
+  }
+  fence_for_async();
+  return squares;
+}
+
+// Of a row whose square the types can't hold well: it is first multiplied by a power of two.
 // kCaller only makes it a function for each caller: the compiler gives up registers of warpgroups that share one.
 template <class Element, int kCaller>
 __device__ __noinline__ Length length_of_extreme(uint8_t* tile, int panels, int row) {
-  const auto address = [&](int piece) {
-    return shared_address(tile) + piece / 8 * kPanelBytes + piece_offset(row, piece % 8);
-  };
   float largest = 0.f;
   bool finite = true;
   for (int piece = 0; piece < panels * 8; ++piece) {
-    const uint4 x = load_piece(address(piece));
+    const uint4 x = load_piece(shared_address(tile) + piece / 8 * kPanelBytes + piece_offset(row, piece % 8));
     for (const uint32_t word : {x.x, x.y, x.z, x.w}) {
       const float2 pair = unpack<Element>(word);
       finite &= isfinite(pair.x) && isfinite(pair.y);
@@ -37,18 +51,7 @@ __device__ __noinline__ Length length_of_extreme(uint8_t* tile, int panels, int 
   int exponent;
   frexpf(largest, &exponent);
   const float scale = ldexpf(1.f, -max(min(exponent, 126), -126));
-  float squares = 0.f;
-  for (int piece = 0; piece < panels * 8; ++piece) {
-    uint4 x = load_piece(address(piece));
-    for (uint32_t* word : {&x.x, &x.y, &x.z, &x.w}) {
-      const float2 pair = unpack<Element>(*word);
-      *word = pack<Element>(pair.x * scale, pair.y * scale);
-      squares += pair.x * scale * (pair.x * scale) + pair.y * scale * (pair.y * scale);
-    }
-    store_piece(address(piece), x);
-  }
-  fence_for_async();
-  const float length = sqrtf(squares), least = float(kMinLength) * scale;
+  const float length = sqrtf(scale_row<Element>(tile, panels, row, scale)), least = float(kMinLength) * scale;
   const float unit = 1.f / fmaxf(length, least);
   return {unit, unit * scale, length <= least};
 }
@@ -70,14 +73,21 @@ __device__ inline Length length_of(float square, uint8_t* tile, int panels, int 
   return {unit, unit, false};
 }
 
-// The same of a row of which 1 / |x| was kept.
+// The same of a row, or a part of it, of which 1 / |x| was kept.
 template <class Element>
 __device__ inline bool is_ordinary(float inverse) {
   return inverse >= 1.f / Ordinary<Element>::kMost && inverse <= 1.f / Ordinary<Element>::kLeast;
 }
-template <class Element, int kCaller>
+template <class Element>
+__device__ __noinline__ Length length_of_kept_extreme(float inverse, uint8_t* tile, int panels, int row) {
+  if (isnan(inverse)) return {inverse, inverse, false};
+  const float scale = __uint_as_float(max(__float_as_uint(inverse) & 0x7f800000u, 1u << 23));
+  scale_row<Element>(tile, panels, row, scale);
+  return {inverse / scale, inverse, inverse >= float(1. / kMinLength)};
+}
+template <class Element>
 __device__ inline Length length_of_kept(float inverse, uint8_t* tile, int panels, int row) {
-  if (!is_ordinary<Element>(inverse)) return length_of_extreme<Element, kCaller>(tile, panels, row);
+  if (!is_ordinary<Element>(inverse)) return length_of_kept_extreme<Element>(inverse, tile, panels, row);
   return {inverse, inverse, false};
 }
 

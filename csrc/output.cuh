@@ -46,7 +46,6 @@ template <class V>
 struct OutputMaker {
   using Element = typename V::Element;
   static constexpr int kColumns = V::kE, kPanelOfState = V::kE * kPanelRow;
-  static constexpr bool kValues = V::kNorm == Norm::kValues, kRowLengths = V::kLengths && !kValues;
   const PassParams& p;
   SharedStorage<V>& shared;
   const int group;
@@ -108,7 +107,7 @@ struct OutputMaker {
   __device__ void mask(uint32_t (&left)[4][4], const float (&scores)[32], const Notes<V>& notes) {
     const Lane at;
     float rows[2] = {1.f, 1.f};
-    if (kRowLengths && !second) rows[0] = notes.rows[at.row], rows[1] = notes.rows[at.row + 8];
+    if (V::kRowLengths && !second) rows[0] = notes.rows[at.row], rows[1] = notes.rows[at.row + 8];
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       float2 columns = make_float2(1.f, 1.f);
@@ -118,7 +117,7 @@ struct OutputMaker {
         const float* weight = &notes.weights[kChunk + at.row + half * 8 - n * 8 - at.pair];
         float a = scores[n * 4 + half * 2], b = scores[n * 4 + half * 2 + 1];
         if constexpr (V::kLengths) a *= columns.x, b *= columns.y;
-        if constexpr (kRowLengths) a *= rows[half], b *= rows[half];
+        if constexpr (V::kRowLengths) a *= rows[half], b *= rows[half];
         a = weight[0] < 0.f ? 0.f : a * weight[0];
         b = weight[-1] < 0.f ? 0.f : b * weight[-1];
         left[n / 2][n % 2 * 2 + half] = pack<Element>(a, b);
@@ -129,7 +128,7 @@ struct OutputMaker {
   __device__ void scale_rows(float (&o)[kColumns / 2], const Notes<V>& notes) {
     const Lane at;
     float reading[2] = {notes.reading[at.row], notes.reading[at.row + 8]};
-    if (kRowLengths && !second) reading[0] *= notes.rows[at.row], reading[1] *= notes.rows[at.row + 8];
+    if (V::kRowLengths && !second) reading[0] *= notes.rows[at.row], reading[1] *= notes.rows[at.row + 8];
 #pragma unroll
     for (int x = 0; x < kColumns / 2; ++x) o[x] *= reading[x / 2 % 2];
   }
@@ -279,7 +278,7 @@ struct OutputMaker {
     uint32_t masked[4][4];
     bool nonfinite = false;
     if constexpr (V::kMeasures) measure_columns(tile, notes, stage, step);
-    if (V::kEarly && (V::kLengths || chunk.cut_off(p))) shared.ready[stage].wait(parity(step, V::kStages));
+    if (V::kEarly && (V::kRowLengths || chunk.cut_off(p))) shared.ready[stage].wait(parity(step, V::kStages));
     start_product<V::kQPanels>(scores, of.left, of.right);
     shared.state_full[buffer].wait(parity(outputs, V::kStates));
     if constexpr (!V::kStateFences) fence_for_async();

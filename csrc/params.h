@@ -43,8 +43,9 @@ constexpr int kLengthsAtOnce = 64 + 4;
 
 constexpr double kMinLength = 1e-6;  // shorter vectors are divided by it: MIN_LENGTH of ops/numerics.py
 
-// Which vectors are divided by their length: r and c in equations (1) and (2) of README.md.
-enum class Norm : int { kNone = 0, kQueriesAndKeys = 1, kValues = 2 };
+// Which vectors are divided by their length: q and k, r and c in equations (1) and (2) of README.md, by lengths that
+// the pass measures or that were kept; or v, by lengths that were kept.
+enum class Norm : int { kNone = 0, kMeasured = 1, kKept = 2, kValues = 3 };
 
 // Where a piece of a sequence lies. Pieces of one sequence are neighbours in the list.
 struct Segment {

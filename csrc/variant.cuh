@@ -18,10 +18,12 @@ struct Variant {
   static constexpr int kD = kD_, kE = kE_;
   static constexpr Norm kNorm = kNorm_;
   static constexpr bool kBoth = kBoth_, kLengths = kNorm != Norm::kNone;
-  static constexpr bool kMeasures = kNorm == Norm::kQueriesAndKeys && !kBoth;  // lengths; else they come with the tiles
-  static constexpr bool kReadsLengths = kLengths && !kMeasures;
-  static constexpr bool kThrough = kReadsLengths;    // the output, or the second, is taken through unit length
-  static constexpr bool kLate = kThrough && !kBoth;  // of vectors that come when there is room for them
+  static constexpr bool kMeasures = kNorm == Norm::kMeasured;  // lengths; else they come with the tiles
+  static constexpr bool kReadsLengths = kLengths && !kMeasures, kRowLengths = kLengths && kNorm != Norm::kValues;
+  // Whether the output is taken through unit length, of vectors that come when there is room for them, or the second
+  // is.
+  static constexpr bool kLate = kNorm == Norm::kValues && kD == kE, kThrough = kLate || (kBoth && kLengths);
+  static constexpr bool kReadsRows = kThrough || kNorm == Norm::kKept;
   // Who looks for values that are not finite: the state at a, `inspect` at b, or lengths say it.
   static constexpr bool kLooksAtA = kNorm != Norm::kValues, kLooksAtB = kBoth && !kLengths;
   // Who makes the state's copy visible to the tensor cores: the state, where the outputs have less time, or they.

@@ -8,19 +8,21 @@
 // VARIANT(kD, kE, norm, both): a tile of the state; which vectors are divided by their length; whether it makes the
 // gradients of k and v together, or one output. The smallest tile that holds a head is used, wider heads take several
 // of the last.
-#define FOR_EACH_VARIANT(VARIANT)           \
-  VARIANT(64, 64, kNone, false)             \
-  VARIANT(64, 64, kQueriesAndKeys, false)   \
-  VARIANT(64, 64, kValues, false)           \
-  VARIANT(64, 64, kNone, true)              \
-  VARIANT(64, 64, kQueriesAndKeys, true)    \
-  VARIANT(128, 128, kNone, false)           \
-  VARIANT(128, 128, kQueriesAndKeys, false) \
-  VARIANT(128, 128, kValues, false)         \
-  VARIANT(128, 128, kNone, true)            \
-  VARIANT(128, 128, kQueriesAndKeys, true)  \
-  VARIANT(256, 64, kNone, false)            \
-  VARIANT(256, 64, kQueriesAndKeys, false)
+#define FOR_EACH_VARIANT(VARIANT)     \
+  VARIANT(64, 64, kNone, false)       \
+  VARIANT(64, 64, kMeasured, false)   \
+  VARIANT(64, 64, kValues, false)     \
+  VARIANT(64, 64, kNone, true)        \
+  VARIANT(64, 64, kKept, true)        \
+  VARIANT(128, 128, kNone, false)     \
+  VARIANT(128, 128, kMeasured, false) \
+  VARIANT(128, 128, kValues, false)   \
+  VARIANT(128, 128, kNone, true)      \
+  VARIANT(128, 128, kKept, true)      \
+  VARIANT(256, 64, kNone, false)      \
+  VARIANT(256, 64, kMeasured, false)  \
+  VARIANT(256, 64, kKept, false)      \
+  VARIANT(256, 64, kValues, false)
 
 struct Tile {
   int d, e;

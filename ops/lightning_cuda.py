@@ -22,7 +22,7 @@ from torch import Tensor
 MAX_WIDTH = 1024
 CHUNK = 64  # tokens; kChunk of csrc/variant.cuh
 FLOAT32_TILE = 128, 64  # kFloat32Tile of csrc/variants.h
-NO_NORM, NORM_QUERIES_AND_KEYS, NORM_VALUES = 0, 1, 2  # Norm of csrc/params.h
+NO_NORM, NORM_MEASURED, NORM_KEPT, NORM_VALUES = range(4)  # Norm of csrc/params.h
 
 
 class Segments(NamedTuple):
@@ -74,7 +74,8 @@ def _library_unavailable_reason(device: int) -> str | None:
 
 def empty_lengths(q: Tensor, k: Tensor, v: Tensor, qk_norm: bool) -> Lengths | None:
     """Room for lengths, or None where the backward pass does not divide by them itself."""
-    if not qk_norm or not (_norm_in_kernel(q, 128) and _norm_in_kernel(v, 128)):
+    narrow, wide = (x.shape[3] <= 128 for x in (q, v)), (x.shape[3] > 128 for x in (q, v))
+    if not qk_norm or not _norm_in_kernel(q) or not (all(narrow) or all(wide)):
         return None
     return Lengths(*(x.new_empty((*x.shape[:2], -(-x.shape[2] // 4) * 4), dtype=torch.float32) for x in (q, k)))
 
@@ -95,7 +96,7 @@ def forward(
     `lengths` are those of `empty_lengths`, which this fills for `backward`.
     """
     widths = q.shape[3], v.shape[3]
-    if qk_norm and not _norm_in_kernel(q, 256):
+    if qk_norm and not _norm_in_kernel(q):
         q, k, qk_norm = _unit_length(q), _unit_length(k), False
     q, k, v = (_for_kernel(x) for x in (q, k, v))
     if initial_state is not None:
@@ -104,8 +105,9 @@ def forward(
     if with_state:
         sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         final = q.new_empty((sequences, q.shape[1], q.shape[3], v.shape[3]), dtype=torch.float32)
-    norm = NORM_QUERIES_AND_KEYS if qk_norm else NO_NORM
-    o = _attend(q, k, v, q.shape[1], log_decay, initial_state, cu_seqlens, final=final, norm=norm, lengths=lengths)
+    norm = NORM_MEASURED if qk_norm else NO_NORM
+    common = q.shape[1], log_decay, cu_seqlens, initial_state
+    o = _attend(q, k, v, *common, final=final, norm=norm, lengths=lengths or (None, None))
     if final is not None:
         final = final[..., : widths[0], : widths[1]].contiguous()
     return o[..., : widths[1]].contiguous(), final
@@ -125,9 +127,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and the initial state; `grad_state` None means zeros, `lengths` come from `forward`."""
     d, e, wide_q, wide_k = q.shape[3], v.shape[3], q, k
-    norm_outside = qk_norm and lengths is None
-    if norm_outside:
-        q, k, qk_norm = _unit_length(q), _unit_length(k), False
+    if qk_norm and lengths is None:
+        q, k = _unit_length(q), _unit_length(k)
     do, q, k, v = (_for_kernel(x) for x in (grad_o, q, k, v))
     grad_initial = None
     if initial_state is not None:
@@ -136,21 +137,28 @@ def backward(
     if grad_state is not None:
         grad_state = _padded_state(grad_state, q, v)
     heads = q.shape[1]
-    of_values, of_both = (NORM_VALUES, NORM_QUERIES_AND_KEYS) if qk_norm else (NO_NORM, NO_NORM)
+    of_q, of_k = kept = lengths or (None, None)
+    of_vectors, of_values = (NO_NORM, NO_NORM) if lengths is None else (NORM_KEPT, NORM_VALUES)
+    common = heads, log_decay, cu_seqlens
 
     start = None if initial_state is None else initial_state.mT
-    through = q if qk_norm else None
-    dq = _attend(do, v, k, heads, log_decay, start, cu_seqlens, norm=of_values, through=through, lengths=lengths)
     if k.dtype != torch.float32 and max(k.shape[3], v.shape[3]) <= 128:
-        dk, dv = _gradients_of_both(do, grad_state, grad_initial, q, k, v, log_decay, cu_seqlens, of_both, lengths)
+        through = None if lengths is None else q
+        dq = _attend(do, v, k, *common, start, norm=of_values, through=through, lengths=kept)
+        dk, dv = _gradients_of_both(do, grad_state, grad_initial, q, k, v, log_decay, cu_seqlens, of_vectors, lengths)
+        taken_through = lengths is not None
     else:
-        dv = _attend(k, q, do, heads, log_decay, grad_state, cu_seqlens, final=grad_initial, reverse=True)
+        dq = _attend(do, v, k, *common, start, norm=of_values, lengths=(None, of_k))
+        dv = _attend(
+            k, q, do, *common, grad_state, final=grad_initial, reverse=True, norm=of_vectors, lengths=(of_k, of_q)
+        )
         start = None if grad_state is None else grad_state.mT
-        dk = _attend(v, do, q, heads, log_decay, start, cu_seqlens, reverse=True)
+        dk = _attend(v, do, q, *common, start, reverse=True, norm=of_values, lengths=(None, of_q))
+        taken_through = False
     dk, dv = _sum_groups(dk, k.shape[1]), _sum_groups(dv, v.shape[1])
 
     dq, dk, dv = (x[..., :width] for x, width in ((dq, d), (dk, d), (dv, e)))
-    if norm_outside:
+    if qk_norm and not taken_through:
         dq, dk = _unit_length(wide_q, dq), _unit_length(wide_k, dk)
     if grad_initial is not None:
         grad_initial = grad_initial[..., :d, :e].contiguous()
@@ -196,18 +204,18 @@ def _attend(
     v: Tensor,
     heads: int,
     log_decay: Tensor | None,
-    initial: Tensor | None,
     cu_seqlens: Tensor | None,
+    initial: Tensor | None,
     *,
     final: Tensor | None = None,
     norm: int = NO_NORM,
     reverse: bool = False,
     through: Tensor | None = None,
-    lengths: Lengths | None = None,
+    lengths: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """One pass: (B, heads, T, E) in v's type, taken through the unit length of `through`.
 
-    `lengths` are written, or read where they are needed to go through.
+    `lengths`, of rows and of columns, are written where they are measured, and else read.
     """
     batch, tokens, width = q.shape[0], q.shape[2], v.shape[3]
     parts, _ = _parts(_tile(k, v), k, v)
@@ -226,10 +234,9 @@ def _attend(
             q, k, v, *common, carry, out, final, segments.length, reverse, _exact()
         )
     else:
-        of_q, of_k = lengths or (None, None)
         chain = _chain(k, v, heads, segments)
         torch.ops.transnormer_kernels.attend(
-            q, k, v, through, of_q, of_k, *common, *chain, out, None, final, segments.length, reverse, norm
+            q, k, v, through, *lengths, *common, *chain, out, None, final, segments.length, reverse, norm
         )
     if parts == 1:
         return out
@@ -349,9 +356,9 @@ def _unit_length(x: Tensor, grad: Tensor | None = None) -> Tensor:
     return out
 
 
-def _norm_in_kernel(x: Tensor, widest: int) -> bool:
-    """Whether a block sees whole vectors, up to the `widest`: it divides them by their length by itself then."""
-    return x.dtype != torch.float32 and x.shape[3] <= widest
+def _norm_in_kernel(q: Tensor) -> bool:
+    """Whether the forward pass divides q and k by their lengths: its blocks see whole vectors."""
+    return q.dtype != torch.float32 and q.shape[3] <= 256
 
 
 def _exact() -> bool:

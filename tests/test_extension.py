@@ -32,7 +32,7 @@ def test_compiles_without_warnings_and_without_spills(tmp_path: Path) -> None:
         for i, line in enumerate(report)
         if "Function properties for" in line and "pass_kernel" in line
     }
-    assert len(passes) == 24
+    assert len(passes) == 28
     plain = {name: spilled for name, spilled in passes.items() if "L4Norm0" in name}
     assert len(plain) == 10
     assert set(plain.values()) == {0}

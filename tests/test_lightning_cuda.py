@@ -44,7 +44,7 @@ CASES = [
     *(Case(Gk=a, Gv=b, D=64, E=128) for a, b in ((1, 1), (2, 2), (1, 4), (4, 2))),
     *(Case(qk_norm=True, D=d, E=64, Gk=2, Gv=1) for d in (40, 64, 128, 200, 264)),
     *(Case(layout=layout, D=64, E=32) for layout in ("transposed", "projection", "columns")),
-    *(Case(qk_norm=True, D=d, E=e) for d, e in ((128, 256), (64, 264))),  # one pass for dk and dv, or three
+    *(Case(qk_norm=True, D=d, E=e) for d, e in ((128, 256), (64, 264), (200, 136), (256, 264))),  # three passes
     Case(layout="projection", qk_norm=True, Gk=1, Gv=2, D=128, E=128),
     Case(state=False, D=64, E=64),
     packed(0, 130, D=64, E=64),
@@ -88,6 +88,7 @@ def test_is_as_accurate_as_plain_pytorch(case: Case, dtype: torch.dtype, device:
         *(Case(T=200, D=d, E=e) for d, e in ((1, 1), (7, 33))),
         packed(0, 64, 70, 70, 200, 333, 400, D=64, E=64),
         packed(0, 129, 333, D=128, E=128, qk_norm=True),
+        packed(0, 70, 70, 333, D=200, E=256, qk_norm=True, Gk=2, Gv=1),
     ],
     ids=str,
 )
@@ -102,7 +103,7 @@ def test_sequences_cut_in_segments(
 
 @every_type
 @pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize(("d", "e"), [(40, 64), (128, 72), (200, 64)])
+@pytest.mark.parametrize(("d", "e"), [(40, 64), (128, 72), (200, 64), (200, 136)])
 def test_every_variant_on_small_shapes(
     d: int, e: int, qk_norm: bool, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +151,7 @@ def test_lengths_of_some_vectors_change_nothing(
         assert error.max() < tolerance, name
 
 
-@pytest.mark.parametrize("width", [64, 128, 264])
+@pytest.mark.parametrize("width", [64, 128, 200, 264])
 @every_type
 def test_vectors_of_zeros(dtype: torch.dtype, width: int, device: torch.device) -> None:
     random = torch.Generator().manual_seed(0)
