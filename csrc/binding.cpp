@@ -180,7 +180,7 @@ void check_two_bytes(const Tensor& k, bool expected) {
 }
 
 // The outputs of a pass in the inputs' type, or in parts.
-void fill_output(PassParams& p, const Tensor& out, const Tensor& k) {
+void fill_output(PassParams& p, const Tensor& out, const Tensor& k, int64_t heads) {
   CHECK(out.is_contiguous(), "out: expected contiguous");
   if (out.dim() == 5) {
     check_same(out, "out", ScalarType::Float, k);
@@ -188,7 +188,7 @@ void fill_output(PassParams& p, const Tensor& out, const Tensor& k) {
     p.partial = static_cast<float*>(out.data_ptr());
   } else {
     check_same(out, "out", k.scalar_type(), k);
-    check_shape(out, "out", {p.batch, p.heads, p.tokens, p.e});
+    check_shape(out, "out", {p.batch, heads, p.tokens, p.e});
     CHECK(p.d_tiles == 1, "out: expected parts in float32");
     p.out = out.data_ptr();
   }
@@ -242,7 +242,7 @@ void attend_float32(const Tensor& q, const Tensor& k, const Tensor& v, const std
     p.carry = state_of(*carry, "carry", k, 1, heads, p.d, p.e, &p.carry_strides);
     check_shape(*carry, "carry", {int64_t(p.batch) * p.segments, heads, p.d, p.e});
   }
-  fill_output(p, out, k);
+  fill_output(p, out, k, heads);
   if (final) p.final = state_of(*final, "final", k, table ? 1 : p.batch, heads, p.d, p.e, &p.final_strides);
   check_cuda(run_pass_float32(p, true, exact, slots * heads * p.d_tiles * p.e_tiles, stream_of(k)));
 }
@@ -289,7 +289,12 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   const Tile tile = tile_of(k.size(3), v.size(3));
   PassParams p{};
   const bool both = out_of_k.has_value();
-  const int64_t heads = out.size(out.dim() - 3);
+  CHECK(x.has_value() || !both, "x: expected where it is used");
+  const int64_t heads = both ? x->size(1) : out.size(out.dim() - 3);
+  p.paired = both && out.size(1) != heads;
+  CHECK(!p.paired || (out.size(1) * 2 == heads && tile.d == 128 && !table && !chain), "out: expected ", heads,
+        " heads, or half as many of whole sequences in tiles of 128");
+  const int64_t out_heads = heads / (p.paired ? 2 : 1);
   const int64_t slots = fill(p, k, v, log_decay, initial, table, heads, segment_length, reverse, tile);
   check_same(q, "q", k.scalar_type(), k);
   check_shape(q, "q", {p.batch, q.size(1), p.tokens, p.d});
@@ -310,11 +315,11 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
     fill_lengths(p, late ? &*x : nullptr, v, row_lengths, column_lengths);
   else
     fill_lengths(p, both ? &k : &q, both ? q : k, row_lengths, column_lengths);
-  fill_output(p, out, k);
+  fill_output(p, out, k, out_heads);
   if (p.out != nullptr) p.out_tiles = tiled(out, "out", heads, tile.e);
   if (both) {
     check_same(*out_of_k, "out_of_k", k.scalar_type(), k);
-    check_shape(*out_of_k, "out_of_k", {p.batch, heads, p.tokens, p.d});
+    check_shape(*out_of_k, "out_of_k", {p.batch, out_heads, p.tokens, p.d});
     CHECK(out_of_k->is_contiguous() && p.d_tiles * p.e_tiles == 1, "out_of_k: expected contiguous, and one tile");
     p.out_of_k = out_of_k->data_ptr();
     p.out_of_k_tiles = tiled(*out_of_k, "out_of_k", heads, tile.d);

@@ -4,6 +4,7 @@
 #include <math_constants.h>
 
 #include "lengths.cuh"
+#include "neighbour.cuh"
 #include "variant.cuh"
 #include "wgmma.cuh"
 
@@ -55,6 +56,8 @@ struct OutputMaker {
   __device__ OutputMaker(const PassParams& p, SharedStorage<V>& shared, int group)
       : p(p), shared(shared), group(group), second(V::kBoth && group == 1) {}
 
+  // Whether the neighbour's output is added to this one.
+  __device__ bool keeps() const { return V::kPairs && p.paired && second == keeps_second(); }
   __device__ int phase_of(int stage) const { return phases >> stage & 1; }
 
   // left rightᵀ of two tiles.
@@ -239,6 +242,42 @@ struct OutputMaker {
     }
   }
 
+  // From the left tile to the neighbour, each warp its rows.
+  __device__ void give_away(const uint8_t* tile, int outputs) {
+    if (outputs > 0) wait_for_neighbour(shared.sum_empty, parity(outputs, 1) ^ 1);
+    const Lane at;
+    const uint32_t there = address_there(shared_address(shared.sum)),
+                   barrier = address_there(shared_address(&shared.given)), from = shared_address(tile);
+    __syncwarp();
+#pragma unroll
+    for (int x = 0; x < kColumns / 16; ++x) {
+      const int offset = (at.thread / 32 * 16 + x % 4 * 4) * kPanelRow + x / 4 * kPanelBytes + at.lane * 16;
+      give(there + offset, load_piece(from + offset), barrier);
+    }
+  }
+
+  // What the neighbour gave is added, and the sum put in its place.
+  __device__ void add_up(const float (&o)[kColumns / 2], int outputs) {
+    const Lane at;
+    if (at.thread == 0) shared.given.arrive_expecting(V::kSumBytes);
+    wait_for_neighbour(shared.given, parity(outputs, 1));
+    const uint32_t base = shared_address(shared.sum);
+#pragma unroll
+    for (int n = 0; n < kColumns / 16; ++n) {
+      const float* of = &o[n * 8];
+      const uint32_t address = base + n / 4 * kPanelBytes + at.block(n % 4);
+      uint32_t x[4];
+      load_blocks<false>(x, address);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack<Element>(x[i]);
+        x[i] = pack<Element>(pair.x + of[i * 2], pair.y + of[i * 2 + 1]);
+      }
+      store_blocks(address, x);
+    }
+    arrive_as_warp(shared.summed);
+  }
+
   // To global memory, of a chunk that ends with its sequence amid others: the copy engine would go on.
   __device__ void store_rows(const Chunk& chunk, const uint8_t* tile) {
     const Lane at;
@@ -319,11 +358,14 @@ struct OutputMaker {
     }
     if (!V::kBoth && p.partial != nullptr) {
       store_part(o, chunk);
-    } else {
+    } else if (!keeps()) {
       put_down(o, of.left);
       if (chunk.cut_off(p)) store_rows(chunk, of.left);
+      if (V::kPairs && p.paired) give_away(of.left, outputs);
     }
     arrive_as_warp(shared.put_down[stage]);
+    arrive_as_warp(shared.empty[stage]);
+    if (keeps()) add_up(o, outputs);
   }
 };
 
@@ -340,11 +382,12 @@ __device__ void make_outputs(const PassParams& p, SharedStorage<V>& shared, int 
     const bool output = chunk.kind == Kind::kOutput;
     if (output && (V::kBoth || outputs % 2 == group)) {
       me.make(chunk, stage, step, outputs);
-    } else if (V::kMeasures && !output && step % 2 == group) {
-      me.measure_columns(Stage<V>(shared, stage), shared.notes[stage], stage, step);
+    } else {
+      if (V::kMeasures && !output && step % 2 == group)
+        me.measure_columns(Stage<V>(shared, stage), shared.notes[stage], stage, step);
+      arrive_as_warp(shared.empty[stage]);
     }
     outputs += output;
     me.phases ^= output << stage;
-    arrive_as_warp(shared.empty[stage]);
   }
 }

@@ -93,5 +93,6 @@ struct PassParams {
   int batch, heads, tokens, d, e;
   int d_tiles, e_tiles;
   int reverse;
+  int paired;  // whether outputs of two neighbouring heads are added up, of which there are then half as many
   Norm norm;
 };

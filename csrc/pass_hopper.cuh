@@ -42,9 +42,13 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
       shared.state_full[buffer].init(kWarps);
       shared.state_empty[buffer].init(V::kBoth ? 2 * kWarps : kWarps);
     }
+    shared.given.init(1);
+    shared.summed.init(kWarps);
+    shared.sum_empty.init(1);
     fence_barrier_init();
   }
   __syncthreads();
+  if (V::kPairs && p.paired) sync_cluster();
   // By a shuffle, so that the compiler knows it to be the same for a warp.
   const int group = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   if (group == 0) {
@@ -62,6 +66,7 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
     else if (thread >= kWarpgroup - kInspecting)
       inspect<V>(p, shared, thread - (kWarpgroup - kInspecting));
   }
+  if (V::kPairs && p.paired) sync_cluster();  // the neighbour may still use this block's memory
 }
 
 // Launches the kernel on as many blocks as run at a time.
@@ -71,6 +76,16 @@ cudaError_t launch_pass(const PassParams& p, int pieces, int multiprocessors, cu
   static_assert(kBytes <= 227 * 1024);
   cudaError_t error = cudaFuncSetAttribute(pass_kernel<V>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  pass_kernel<V><<<dim3(std::min(pieces, multiprocessors)), V::kThreads, kBytes, stream>>>(p);
-  return cudaGetLastError();
+  cudaLaunchAttribute pairs;
+  pairs.id = cudaLaunchAttributeClusterDimension;
+  pairs.val.clusterDim = {2, 1, 1};
+  const int blocks = std::min(pieces, multiprocessors);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(p.paired ? blocks / 2 * 2 : blocks);
+  config.blockDim = dim3(V::kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &pairs;
+  config.numAttrs = p.paired;
+  return cudaLaunchKernelEx(&config, pass_kernel<V>, p);
 }

@@ -1,7 +1,7 @@
 // Copies outputs from shared to global memory, and so gives their stages back.
 #pragma once
 
-#include "variant.cuh"
+#include "neighbour.cuh"
 
 // Whether the outputs of a chunk are stored by the warpgroup that makes them.
 __device__ inline bool stored_elsewhere(const PassParams& p, const Chunk& chunk) {
@@ -39,22 +39,42 @@ __device__ inline void copy_lengths_out(const PassParams& p, const Lengths (&len
   }
 }
 
+// The sum of this block's output and its neighbour's, which needs the stage no longer.
+template <class V>
+__device__ void store_sum(const PassParams& p, SharedStorage<V>& shared, const Chunk& chunk, int stage, int outputs) {
+  Chunk of_both = chunk;
+  of_both.head /= 2;
+  shared.empty[stage].arrive();
+  shared.summed.wait(parity(outputs, 1));
+  fence_for_async();
+  copy_out<V::kVPanels>(keeps_second() ? p.out_of_k_tiles : p.out_tiles, shared.sum, of_both, 0);
+  commit_stores();
+  wait_for_stores();
+  arrive_there(shared.sum_empty);
+}
+
 // One thread's work.
 template <class V>
 __device__ void store_outputs(const PassParams& p, SharedStorage<V>& shared) {
-  int phases = 0;  // as in `output.cuh`
+  int phases = 0, outputs = 0;  // phases as in `output.cuh`
   for (int step = 0;; ++step) {
     const int stage = step % V::kStages;
     shared.full[stage].wait(parity(step, V::kStages));
     const Chunk& chunk = shared.chunks[stage];
     if (chunk.kind == Kind::kEnd) return;
     shared.advanced[stage].wait(parity(step, V::kStages));
-    if (chunk.kind == Kind::kOutput) {
-      const Stage<V> tile(shared, stage);
-      const int phase = phases >> stage & 1;
-      if constexpr (V::kBoth) shared.scored[stage].wait(phase);
-      shared.put_down[stage].wait(phase);
-      fence_for_async();  // after all that was written to the tiles: for the copies from here, and those to come
+    if (chunk.kind != Kind::kOutput) {
+      shared.empty[stage].arrive();
+      continue;
+    }
+    const Stage<V> tile(shared, stage);
+    const int phase = phases >> stage & 1;
+    if constexpr (V::kBoth) shared.scored[stage].wait(phase);
+    shared.put_down[stage].wait(phase);
+    fence_for_async();  // after all that was written to the tiles: for the copies from here, and those to come
+    if (V::kPairs && p.paired) {
+      store_sum(p, shared, chunk, stage, outputs);
+    } else {
       if (V::kMeasures && p.keeps && chunk.e_tile == 0) copy_lengths_out(p, shared.lengths[stage], chunk);
       if (!stored_elsewhere(p, chunk)) {
         if constexpr (V::kBoth) {
@@ -66,8 +86,9 @@ __device__ void store_outputs(const PassParams& p, SharedStorage<V>& shared) {
       }
       commit_stores();
       wait_for_stores();
-      phases ^= 1 << stage;
+      shared.empty[stage].arrive();
     }
-    shared.empty[stage].arrive();
+    phases ^= 1 << stage;
+    ++outputs;
   }
 }

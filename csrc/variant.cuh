@@ -43,7 +43,9 @@ struct Variant {
   // As many stages as fit.
   static constexpr int kNotes =
       kChunk * 52 + 256 + 16 * (kD < kE ? kE : kD);  // bytes of Notes, Chunk and lengths, at most
-  static constexpr int kFit = (226 * 1024 - kStates * kStateBytes) / (kStageBytes + kNotes);
+  static constexpr bool kPairs = kBoth && !kSmall;   // whether neighbours may add up their outputs: neighbour.cuh
+  static constexpr int kSumBytes = kPairs ? kVPanels * kPanelBytes : 0;
+  static constexpr int kFit = (226 * 1024 - kStates * kStateBytes - kSumBytes) / (kStageBytes + kNotes);
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   // Whether state and outputs begin with a stage before its weights are known: of few stages all time counts.
   static constexpr bool kEarly = kStages == 2 && !kMeasures;
@@ -104,6 +106,7 @@ template <class V>
 struct alignas(1024) SharedStorage {
   uint8_t stages[V::kStages][V::kStageBytes];
   uint8_t states[V::kStates][V::kStateBytes];        // transposed: kE rows in panels of 64 of the kD columns
+  uint8_t sum[V::kPairs ? V::kSumBytes : 128];       // of this block's output and its neighbour's
   Lengths lengths[V::kLengths ? V::kStages : 1][2];  // row_lengths and column_lengths of PassParams
   Chunk chunks[V::kStages];
   Stretch next;  // of `fetch`, which has no registers for it: the segment it copies
@@ -115,6 +118,7 @@ struct alignas(1024) SharedStorage {
   Barrier full[V::kStages], ready[V::kStages], measured[V::kStages], empty[V::kStages];
   Barrier looked[V::kStages], advanced[V::kStages], scored[V::kStages], through[V::kStages], put_down[V::kStages];
   Barrier state_full[V::kStates], state_empty[V::kStates];
+  Barrier given, summed, sum_empty;  // an output has come from the neighbour, is added up, is stored
 };
 
 // Tiles of a stage. With kBoth x is do, else with kLate the vectors through whose unit length a gradient is taken.

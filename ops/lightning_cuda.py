@@ -257,10 +257,16 @@ def _gradients_of_both(
     norm: int,
     lengths: Lengths | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of k and v, (B, H, T, D) and (B, H, T, E), in one pass from right to left."""
+    """Gradients of k and v, (B, H, T, D) and (B, H, T, E), in one pass from right to left.
+
+    Of two neighbouring heads that share a key head and a value head there may be the sum: H is then half.
+    """
     heads = q.shape[1]
     segments = _segments(k, v, heads, cu_seqlens)
-    dk, dv = k.new_empty((*q.shape[:3], k.shape[3])), v.new_empty((*q.shape[:3], v.shape[3]))
+    whole = segments.number == 1 and cu_seqlens is None
+    paired = whole and _tile(k, v) == (128, 128) and all(heads // x.shape[1] % 2 == 0 for x in (k, v))
+    shape = q.shape[0], heads // (2 if paired else 1), q.shape[2]
+    dk, dv = k.new_empty((*shape, k.shape[3])), v.new_empty((*shape, v.shape[3]))
     chain = _chain(k, v, heads, segments)
     of_q, of_k = lengths or (None, None)
     common = log_decay, grad_state, segments.table

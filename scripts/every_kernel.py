@@ -14,10 +14,11 @@ WIDTHS = [(64, 64), (128, 128), (256, 64), (40, 24), (136, 200)]
 
 def call(d: int, e: int, dtype: torch.dtype, device: torch.device, qk_norm: bool, packed: bool, backend: str) -> None:
     """Forward and backward with all arguments and all gradients."""
-    batch, heads, groups, tokens = 1 if packed else 2, 2, 1, 147
+    batch, heads, tokens = 1 if packed else 2, 2, 147
+    of_v = heads if packed else 1  # one for all: then gradients of two heads are added up
     q, k, v = (
         torch.randn(batch, n, tokens, width, device=device).to(dtype).requires_grad_()
-        for n, width in ((heads, d), (groups, d), (heads, e))
+        for n, width in ((heads, d), (1, d), (of_v, e))
     )
     bounds = torch.tensor([0, 70, 70, tokens], device=device, dtype=torch.int32) if packed else None
     state = torch.randn(3 if packed else batch, heads, d, e, device=device, requires_grad=True)

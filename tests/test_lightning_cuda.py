@@ -20,7 +20,7 @@ from operator_cases import (
     spread,
 )
 
-from ops import lightning_attention, lightning_attention_step
+from ops import lightning_attention, lightning_attention_step, lightning_cuda
 from ops.lightning_attention import _backward, _forward, cuda_unavailable_reason
 from ops.lightning_cuda import _cut as cut
 from ops.lightning_cuda import _unit_length as unit_length_by_kernel
@@ -111,6 +111,30 @@ def test_every_variant_on_small_shapes(
     for length in (192, 64):  # whole, and cut in three
         monkeypatch.setattr("ops.lightning_cuda._segment_length", lambda *_, length=length: (length, 0))
         check(Case(T=130, B=1, H=2, Gk=2, Gv=1, D=d, E=e, qk_norm=qk_norm), device, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize(
+    ("heads", "of_k", "of_v", "tokens"), [(2, 1, 1, 1), (4, 1, 2, 64), (12, 3, 1, 65), (8, 1, 1, 300), (6, 2, 1, 130)]
+)
+def test_gradients_of_neighbouring_heads_are_added_up(
+    heads: int, of_k: int, of_v: int, tokens: int, qk_norm: bool, dtype: torch.dtype, device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """More of them than run at a time, of sequences that are not cut; groups of three are not paired."""
+    made = []
+    both = lightning_cuda._gradients_of_both
+    monkeypatch.setattr(lightning_cuda, "_gradients_of_both", lambda *args: made.append(both(*args)) or made[-1])
+    monkeypatch.setattr(lightning_cuda, "_segment_length", lambda *_: (320, 0))
+    case = Case(T=tokens, B=30, H=heads, Gk=of_k, Gv=of_v, D=128, E=96, qk_norm=qk_norm)
+    check(case, device, dtype)
+    assert {x.shape[1] for pair in made for x in pair} == {heads if heads == 6 else heads // 2}
+    tensors, grads = inputs(case, device, dtype), output_gradients(case, device, dtype)
+    first = run(by_kernels, tensors, *grads, qk_norm=qk_norm)
+    for _ in range(20):
+        for name, x in run(by_kernels, tensors, *grads, qk_norm=qk_norm).items():
+            assert torch.equal(x, first[name]), name
 
 
 @pytest.mark.parametrize("width", [40, 128, 200, 264])
