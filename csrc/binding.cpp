@@ -289,12 +289,12 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   const Tile tile = tile_of(k.size(3), v.size(3));
   PassParams p{};
   const bool both = out_of_k.has_value();
-  CHECK(x.has_value() || !both, "x: expected where it is used");
+  CHECK(x || !both, "x: expected where it is used");
   const int64_t heads = both ? x->size(1) : out.size(out.dim() - 3);
-  p.paired = both && out.size(1) != heads;
-  CHECK(!p.paired || (out.size(1) * 2 == heads && tile.d == 128 && !table && !chain), "out: expected ", heads,
-        " heads, or half as many of whole sequences in tiles of 128");
-  const int64_t out_heads = heads / (p.paired ? 2 : 1);
+  p.makes = !both ? Makes::kOne : out.size(1) == heads ? Makes::kBoth : Makes::kSums;
+  const int64_t out_heads = p.makes == Makes::kSums ? heads / 2 : heads;
+  CHECK(p.makes != Makes::kSums || (heads % 2 == 0 && tile.d == 128 && !table && !chain),
+        "out: expected as many heads as x has, or half of an even number for whole sequences in tiles of 128");
   const int64_t slots = fill(p, k, v, log_decay, initial, table, heads, segment_length, reverse, tile);
   check_same(q, "q", k.scalar_type(), k);
   check_shape(q, "q", {p.batch, q.size(1), p.tokens, p.d});
@@ -343,9 +343,9 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   const int pieces = slots * heads * p.d_tiles * p.e_tiles;
   const cudaStream_t stream = stream_of(k);
   if (k.scalar_type() == ScalarType::BFloat16)
-    check_cuda(run_pass_bfloat16(p, tile, both, pieces, multiprocessors, stream));
+    check_cuda(run_pass_bfloat16(p, tile, pieces, multiprocessors, stream));
   else
-    check_cuda(run_pass_float16(p, tile, both, pieces, multiprocessors, stream));
+    check_cuda(run_pass_float16(p, tile, pieces, multiprocessors, stream));
 }
 
 void decay_gradient(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay,

@@ -57,7 +57,7 @@ struct OutputMaker {
       : p(p), shared(shared), group(group), second(V::kBoth && group == 1) {}
 
   // Whether the neighbour's output is added to this one.
-  __device__ bool keeps() const { return V::kPairs && p.paired && second == keeps_second(); }
+  __device__ bool keeps() const { return V::kSums && second == keeps_second(); }
   __device__ int phase_of(int stage) const { return phases >> stage & 1; }
 
   // left rightᵀ of two tiles.
@@ -361,11 +361,13 @@ struct OutputMaker {
     } else if (!keeps()) {
       put_down(o, of.left);
       if (chunk.cut_off(p)) store_rows(chunk, of.left);
-      if (V::kPairs && p.paired) give_away(of.left, outputs);
+      if constexpr (V::kSums) give_away(of.left, outputs);
     }
     arrive_as_warp(shared.put_down[stage]);
     arrive_as_warp(shared.empty[stage]);
-    if (keeps()) add_up(o, outputs);
+    if constexpr (V::kSums) {
+      if (keeps()) add_up(o, outputs);
+    }
   }
 };
 

@@ -47,6 +47,9 @@ constexpr double kMinLength = 1e-6;  // shorter vectors are divided by it: MIN_L
 // the pass measures or that were kept; or v, by lengths that were kept.
 enum class Norm : int { kNone = 0, kMeasured = 1, kKept = 2, kValues = 3 };
 
+// What a pass makes: one output; the gradients of k and v together; or those of each two neighbouring heads, added up.
+enum class Makes : int { kOne, kBoth, kSums };
+
 // Where a piece of a sequence lies. Pieces of one sequence are neighbours in the list.
 struct Segment {
   int sequence, start, length;
@@ -93,6 +96,6 @@ struct PassParams {
   int batch, heads, tokens, d, e;
   int d_tiles, e_tiles;
   int reverse;
-  int paired;  // whether outputs of two neighbouring heads are added up, of which there are then half as many
   Norm norm;
+  Makes makes;
 };

@@ -5,11 +5,10 @@
 #include "variants.h"
 
 template <class Element>
-cudaError_t dispatch_pass(const PassParams& p, Tile tile, bool both, int pieces, int multiprocessors,
-                          cudaStream_t stream) {
-#define RUN(kD, kE, kNorm, kBoth)                                             \
-  if (tile.d == kD && tile.e == kE && p.norm == Norm::kNorm && both == kBoth) \
-    return launch_pass<Variant<Element, kD, kE, Norm::kNorm, kBoth>>(p, pieces, multiprocessors, stream);
+cudaError_t dispatch_pass(const PassParams& p, Tile tile, int pieces, int multiprocessors, cudaStream_t stream) {
+#define RUN(kD, kE, kNorm, kMakes)                                                       \
+  if (tile.d == kD && tile.e == kE && p.norm == Norm::kNorm && p.makes == Makes::kMakes) \
+    return launch_pass<Variant<Element, kD, kE, Norm::kNorm, Makes::kMakes>>(p, pieces, multiprocessors, stream);
   FOR_EACH_VARIANT(RUN)
 #undef RUN
   return cudaErrorInvalidValue;

@@ -42,13 +42,15 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
       shared.state_full[buffer].init(kWarps);
       shared.state_empty[buffer].init(V::kBoth ? 2 * kWarps : kWarps);
     }
-    shared.given.init(1);
-    shared.summed.init(kWarps);
-    shared.sum_empty.init(1);
+    if constexpr (V::kSums) {
+      shared.given.init(1);
+      shared.summed.init(kWarps);
+      shared.sum_empty.init(1);
+    }
     fence_barrier_init();
   }
   __syncthreads();
-  if (V::kPairs && p.paired) sync_cluster();
+  if constexpr (V::kSums) sync_cluster();
   // By a shuffle, so that the compiler knows it to be the same for a warp.
   const int group = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   if (group == 0) {
@@ -66,7 +68,7 @@ __global__ void __launch_bounds__(V::kThreads, 1) pass_kernel(const __grid_const
     else if (thread >= kWarpgroup - kInspecting)
       inspect<V>(p, shared, thread - (kWarpgroup - kInspecting));
   }
-  if (V::kPairs && p.paired) sync_cluster();  // the neighbour may still use this block's memory
+  if constexpr (V::kSums) sync_cluster();  // the neighbour may still use this block's memory
 }
 
 // Launches the kernel on as many blocks as run at a time.
@@ -81,11 +83,11 @@ cudaError_t launch_pass(const PassParams& p, int pieces, int multiprocessors, cu
   pairs.val.clusterDim = {2, 1, 1};
   const int blocks = std::min(pieces, multiprocessors);
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(p.paired ? blocks / 2 * 2 : blocks);
+  config.gridDim = dim3(V::kSums ? blocks / 2 * 2 : blocks);
   config.blockDim = dim3(V::kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
   config.attrs = &pairs;
-  config.numAttrs = p.paired;
+  config.numAttrs = V::kSums;
   return cudaLaunchKernelEx(&config, pass_kernel<V>, p);
 }

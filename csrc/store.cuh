@@ -72,7 +72,7 @@ __device__ void store_outputs(const PassParams& p, SharedStorage<V>& shared) {
     if constexpr (V::kBoth) shared.scored[stage].wait(phase);
     shared.put_down[stage].wait(phase);
     fence_for_async();  // after all that was written to the tiles: for the copies from here, and those to come
-    if (V::kPairs && p.paired) {
+    if constexpr (V::kSums) {
       store_sum(p, shared, chunk, stage, outputs);
     } else {
       if (V::kMeasures && p.keeps && chunk.e_tile == 0) copy_lengths_out(p, shared.lengths[stage], chunk);

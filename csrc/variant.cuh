@@ -11,13 +11,14 @@ constexpr int kWarpgroup = 128;  // threads
 constexpr int kInspecting = 64;  // threads
 constexpr int kPanelBytes = kChunk * kPanelRow;
 
-// One compiled kernel. kD, kE: tile of the state; kBoth: makes the gradients of k and v together, else one output.
-template <class Element_, int kD_, int kE_, Norm kNorm_, bool kBoth_>
+// One compiled kernel. kD, kE: tile of the state.
+template <class Element_, int kD_, int kE_, Norm kNorm_, Makes kMakes>
 struct Variant {
   using Element = Element_;
   static constexpr int kD = kD_, kE = kE_;
   static constexpr Norm kNorm = kNorm_;
-  static constexpr bool kBoth = kBoth_, kLengths = kNorm != Norm::kNone;
+  static constexpr bool kBoth = kMakes != Makes::kOne, kSums = kMakes == Makes::kSums;  // two outputs, added up or not
+  static constexpr bool kLengths = kNorm != Norm::kNone;
   static constexpr bool kMeasures = kNorm == Norm::kMeasured;  // lengths; else they come with the tiles
   static constexpr bool kReadsLengths = kLengths && !kMeasures, kRowLengths = kLengths && kNorm != Norm::kValues;
   // Whether the output is taken through unit length, of vectors that come when there is room for them, or the second
@@ -43,8 +44,7 @@ struct Variant {
   // As many stages as fit.
   static constexpr int kNotes =
       kChunk * 52 + 256 + 16 * (kD < kE ? kE : kD);  // bytes of Notes, Chunk and lengths, at most
-  static constexpr bool kPairs = kBoth && !kSmall;   // whether neighbours may add up their outputs: neighbour.cuh
-  static constexpr int kSumBytes = kPairs ? kVPanels * kPanelBytes : 0;
+  static constexpr int kSumBytes = kSums ? kVPanels * kPanelBytes : 128;
   static constexpr int kFit = (226 * 1024 - kStates * kStateBytes - kSumBytes) / (kStageBytes + kNotes);
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   // Whether state and outputs begin with a stage before its weights are known: of few stages all time counts.
@@ -106,7 +106,7 @@ template <class V>
 struct alignas(1024) SharedStorage {
   uint8_t stages[V::kStages][V::kStageBytes];
   uint8_t states[V::kStates][V::kStateBytes];        // transposed: kE rows in panels of 64 of the kD columns
-  uint8_t sum[V::kPairs ? V::kSumBytes : 128];       // of this block's output and its neighbour's
+  uint8_t sum[V::kSumBytes];                         // of this block's output and its neighbour's
   Lengths lengths[V::kLengths ? V::kStages : 1][2];  // row_lengths and column_lengths of PassParams
   Chunk chunks[V::kStages];
   Stretch next;  // of `fetch`, which has no registers for it: the segment it copies

@@ -5,24 +5,25 @@
 
 #include "params.h"
 
-// VARIANT(kD, kE, norm, both): a tile of the state; which vectors are divided by their length; whether it makes the
-// gradients of k and v together, or one output. The smallest tile that holds a head is used, wider heads take several
-// of the last.
-#define FOR_EACH_VARIANT(VARIANT)     \
-  VARIANT(64, 64, kNone, false)       \
-  VARIANT(64, 64, kMeasured, false)   \
-  VARIANT(64, 64, kValues, false)     \
-  VARIANT(64, 64, kNone, true)        \
-  VARIANT(64, 64, kKept, true)        \
-  VARIANT(128, 128, kNone, false)     \
-  VARIANT(128, 128, kMeasured, false) \
-  VARIANT(128, 128, kValues, false)   \
-  VARIANT(128, 128, kNone, true)      \
-  VARIANT(128, 128, kKept, true)      \
-  VARIANT(256, 64, kNone, false)      \
-  VARIANT(256, 64, kMeasured, false)  \
-  VARIANT(256, 64, kKept, false)      \
-  VARIANT(256, 64, kValues, false)
+// VARIANT(kD, kE, norm, makes): a tile of the state; which vectors are divided by their length; which outputs it makes.
+// The smallest tile that holds a head is used, wider heads take several of the last.
+#define FOR_EACH_VARIANT(VARIANT)    \
+  VARIANT(64, 64, kNone, kOne)       \
+  VARIANT(64, 64, kMeasured, kOne)   \
+  VARIANT(64, 64, kValues, kOne)     \
+  VARIANT(64, 64, kNone, kBoth)      \
+  VARIANT(64, 64, kKept, kBoth)      \
+  VARIANT(128, 128, kNone, kOne)     \
+  VARIANT(128, 128, kMeasured, kOne) \
+  VARIANT(128, 128, kValues, kOne)   \
+  VARIANT(128, 128, kNone, kBoth)    \
+  VARIANT(128, 128, kNone, kSums)    \
+  VARIANT(128, 128, kKept, kBoth)    \
+  VARIANT(128, 128, kKept, kSums)    \
+  VARIANT(256, 64, kNone, kOne)      \
+  VARIANT(256, 64, kMeasured, kOne)  \
+  VARIANT(256, 64, kKept, kOne)      \
+  VARIANT(256, 64, kValues, kOne)
 
 struct Tile {
   int d, e;
@@ -38,10 +39,8 @@ inline Tile tile_of(int d, int e) {
 constexpr Tile kFloat32Tile = {128, 64};
 
 // Run a pass over `pieces` of work, segments of heads.
-cudaError_t run_pass_bfloat16(const PassParams& p, Tile tile, bool both, int pieces, int multiprocessors,
-                              cudaStream_t stream);
-cudaError_t run_pass_float16(const PassParams& p, Tile tile, bool both, int pieces, int multiprocessors,
-                             cudaStream_t stream);
+cudaError_t run_pass_bfloat16(const PassParams& p, Tile tile, int pieces, int multiprocessors, cudaStream_t stream);
+cudaError_t run_pass_float16(const PassParams& p, Tile tile, int pieces, int multiprocessors, cudaStream_t stream);
 // Without `output` it only makes the states of segments. `exact`: as precise as float32, else tf32.
 cudaError_t run_pass_float32(const PassParams& p, bool output, bool exact, int64_t blocks, cudaStream_t stream);
 
