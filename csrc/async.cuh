@@ -39,14 +39,6 @@ struct Barrier {
         "r"(parity)
         : "memory");
   }
-  __device__ bool passed(int parity) {
-    int done;
-    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
-                 : "=r"(done)
-                 : "r"(shared_address(this)), "r"(parity)
-                 : "memory");
-    return done;
-  }
 };
 
 // Makes initialised barriers visible to the copy engine.
@@ -58,16 +50,6 @@ __device__ inline void fence_for_async() { asm volatile("fence.proxy.async.share
 // Barrier 1 to 15 among the `threads` threads that call it.
 __device__ inline void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-// The same, and whether any of them says so.
-__device__ inline bool any_thread(int barrier, int threads, bool value) {
-  int any;
-  asm volatile("{ .reg .pred p, q; setp.ne.b32 p, %3, 0; bar.red.or.pred q, %1, %2, p; selp.b32 %0, 1, 0, q; }"
-               : "=r"(any)
-               : "r"(barrier), "r"(threads), "r"(int(value))
-               : "memory");
-  return any;
 }
 
 // Registers of each thread of a warpgroup from here on; kFirst is what it has. More of them must be free in the block,

@@ -59,8 +59,16 @@ void check_shape(const Tensor& x, const char* name, std::initializer_list<int64_
 }
 
 void check_same(const Tensor& x, const char* name, ScalarType type, const Tensor& like) {
-  CHECK(x.scalar_type() == type, name, ": wrong type");
+  CHECK(x.scalar_type() == type, name, ": expected ",
+        type == ScalarType::Float ? "float32"
+        : type == ScalarType::Int ? "int32"
+                                  : "the type of the others");
   CHECK(x.is_cuda() && x.get_device_index() == like.get_device_index(), name, ": expected on the device of the others");
+}
+
+void check_heads(const Tensor& x, const char* name, int64_t query_heads) {
+  CHECK(x.size(1) > 0 && query_heads % x.size(1) == 0, name, ": expected heads that divide ", query_heads, ", got ",
+        x.size(1));
 }
 
 const float* log_decay_of(const std::optional<Tensor>& log_decay, const Tensor& like, int64_t heads) {
@@ -98,7 +106,7 @@ TiledTensor tiled(const Tensor& x, const char* name, int64_t query_heads, int co
   CHECK(x.dim() == 4, name, ": expected 4 dims, got ", x.dim());
   CHECK(x.size(3) % 8 == 0 && x.size(3) > 0, name, ": expected a width that 8 divides, got ", x.size(3));
   CHECK(x.stride(3) == 1, name, ": expected the last dim contiguous");
-  CHECK(query_heads % x.size(1) == 0, name, ": expected heads that divide ", query_heads, ", got ", x.size(1));
+  check_heads(x, name, query_heads);
   const bool one_row = x.stride(0) == 0 || x.size(0) == 1, one_head = x.stride(1) == 0 || x.size(1) == 1;
   TiledTensor tiled;
   tiled.batch = one_row ? 0 : 1;
@@ -131,7 +139,7 @@ CUtensorMap tiled_lengths(const Tensor& x, const char* name, int tokens, cuuint3
 // The same for the kernels that read memory by themselves.
 View view_of(const Tensor& x, const char* name, int64_t query_heads) {
   CHECK(x.dim() == 4 && x.stride(3) == 1, name, ": expected 4 dims, the last one contiguous");
-  CHECK(query_heads % x.size(1) == 0, name, ": expected heads that divide ", query_heads, ", got ", x.size(1));
+  check_heads(x, name, query_heads);
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), int(query_heads / x.size(1))};
 }
 
@@ -198,6 +206,7 @@ void plan(const Tensor& cu_seqlens, int64_t tokens, int64_t segment_length, int6
   CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_contiguous() && cu_seqlens.is_cuda(),
         "cu_seqlens: expected contiguous int32 on a GPU");
   check_same(table, "table", ScalarType::Int, cu_seqlens);
+  CHECK(segment_length > 0, "segment_length: expected a number from 1, got ", segment_length);
   const int64_t sequences = cu_seqlens.numel() - 1, slots = table.size(0) - 1;
   CHECK(slots >= tokens / segment_length + sequences && table.is_contiguous() && table.size(1) == 4,
         "table: expected room for every segment");
@@ -255,7 +264,7 @@ void fill_lengths(PassParams& p, const Tensor* of_rows, const Tensor& of_columns
   CHECK(columns.has_value() || !read, "column_lengths: expected where they are read");
   CHECK(rows.has_value() == (columns && of_rows != nullptr), "row_lengths: expected with column_lengths, of rows");
   if (!columns) return;
-  CHECK(p.norm != Norm::kNone, "row_lengths, column_lengths: expected with a norm alone");
+  CHECK(p.norm != Norm::kNone, "row_lengths, column_lengths: expected only with a norm");
   const int64_t tokens = (p.tokens + 3) / 4 * 4;  // rows of whole 16 bytes
   const auto check = [&](const Tensor& x, const char* name, const Tensor& of) {
     check_same(x, name, ScalarType::Float, of);
@@ -291,6 +300,7 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   const bool both = out_of_k.has_value();
   CHECK(x || !both, "x: expected where it is used");
   const int64_t heads = both ? x->size(1) : out.size(out.dim() - 3);
+  CHECK(!both || out.dim() == 4, "out: expected 4 dims beside out_of_k, got ", out.dim());
   p.makes = !both ? Makes::kOne : out.size(1) == heads ? Makes::kBoth : Makes::kSums;
   const int64_t out_heads = p.makes == Makes::kSums ? heads / 2 : heads;
   CHECK(p.makes != Makes::kSums || (heads % 2 == 0 && tile.d == 128 && !table && !chain),
@@ -301,6 +311,9 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   p.q = tiled(q, "q", heads, tile.d);
   p.k = tiled(k, "k", heads, tile.d);
   p.v = tiled(v, "v", heads, tile.e);
+  CHECK(p.makes != Makes::kSums || (heads / k.size(1) % 2 == 0 && heads / v.size(1) % 2 == 0),
+        "k, v: expected an even number of heads of out for each");
+  CHECK(norm >= 0 && norm <= int(Norm::kValues), "norm: expected 0 to 3, got ", norm);
   p.norm = Norm(norm);
   const bool late = p.norm == Norm::kValues && tile.d == tile.e;  // Variant::kLate
   CHECK(p.norm == Norm::kNone || (p.norm == Norm::kValues ? !late || p.e_tiles == 1 : p.d_tiles == 1),
@@ -384,6 +397,7 @@ void combine(const Tensor& parts, int64_t dim, const Tensor& out) {
     (i < dim ? p.outer : p.inner) *= out.size(i);
   }
   CHECK(parts.is_contiguous() && out.is_contiguous(), "parts, out: expected contiguous");
+  CHECK(out_type == ElementType::kFloat32 || p.inner % 8 == 0, "out: expected rows of whole 16 bytes");
   check_cuda(run_combine(p, type, out_type, stream_of(out)));
 }
 
@@ -417,7 +431,8 @@ void step(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional
   check_same(k, "k", q.scalar_type(), q);
   check_same(v, "v", q.scalar_type(), q);
   CHECK(q.stride(3) == 1 && k.stride(3) == 1 && v.stride(3) == 1, "q, k, v: expected the last dim contiguous");
-  CHECK(p.heads % k.size(1) == 0 && p.heads % v.size(1) == 0, "k, v: expected heads that divide ", p.heads);
+  check_heads(k, "k", p.heads);
+  check_heads(v, "v", p.heads);
   check_same(state, "state", ScalarType::Float, q);
   check_shape(state, "state", {p.batch, p.heads, p.d, p.e});
   check_same(out, "out", q.scalar_type(), q);

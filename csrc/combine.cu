@@ -3,8 +3,6 @@
 
 #include "element.cuh"
 
-#include <type_traits>
-
 namespace {
 
 constexpr int kThreads = 256;
@@ -40,12 +38,15 @@ cudaError_t launch(const CombineParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+// One value at a time where they aren't aligned, which is left out for types of which no rows are.
 template <class Element, class Out>
 cudaError_t combine(const CombineParams& p, cudaStream_t stream) {
   constexpr int kWidth = 16 / sizeof(Element);
   const bool packs = p.inner % kWidth == 0 && reinterpret_cast<uintptr_t>(p.parts) % 16 == 0 &&
                      reinterpret_cast<uintptr_t>(p.out) % (kWidth * sizeof(Out)) == 0;
-  return packs ? launch<Element, Out, kWidth>(p, stream) : launch<Element, Out, 1>(p, stream);
+  if (packs) return launch<Element, Out, kWidth>(p, stream);
+  if constexpr (sizeof(Out) == sizeof(float)) return launch<Element, Out, 1>(p, stream);
+  return cudaErrorMisalignedAddress;
 }
 
 }  // namespace

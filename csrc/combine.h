@@ -6,7 +6,8 @@
 #include "params.h"
 
 // out (outer, inner), of `out_type`, = the sum of the parts (outer, number, inner), of `type`, one after another and in
-// float32. The types are the same, or that of the parts is float32.
+// float32. The types are the same, or that of the parts is float32; where `out` has 2 bytes a value, parts and out are
+// 16-byte aligned and 8 divides `inner`.
 struct CombineParams {
   const void* parts;
   void* out;

@@ -14,7 +14,8 @@ struct Length {
   __device__ float along() const { return constant ? 0.f : unit * unit; }
 };
 
-// Multiplies a row by a power of two, in place, which changes no digit. Returns the sum of its squares.
+// Multiplies a row by a power of two, in place: no digit changes but of what is too small to count beside the rest.
+// Returns the sum of its squares.
 template <class Element>
 __device__ inline float scale_row(uint8_t* tile, int panels, int row, float scale) {
   float squares = 0.f;

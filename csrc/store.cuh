@@ -69,7 +69,6 @@ __device__ void store_outputs(const PassParams& p, SharedStorage<V>& shared) {
     }
     const Stage<V> tile(shared, stage);
     const int phase = phases >> stage & 1;
-    if constexpr (V::kBoth) shared.scored[stage].wait(phase);
     shared.put_down[stage].wait(phase);
     fence_for_async();  // after all that was written to the tiles: for the copies from here, and those to come
     if constexpr (V::kSums) {

@@ -82,16 +82,16 @@ template <class V>
 struct Notes {
   float log_lambda;  // of which the weights are, for chunks of n tokens
   int n;
-  float carried;                         // λ^n
-  alignas(8) float weights[2 * kChunk];  // λ^|i-j| at i - j + kChunk, or -1 where masked
-  float writing[kChunk];                 // what token j weighs in the state
-  float reading[kChunk];                 // what token i reads the state with
+  float carried;                     // λ^n
+  float weights[2 * kChunk];         // λ^|i-j| at i - j + kChunk, or -1 where masked
+  alignas(8) float writing[kChunk];  // what token j weighs in the state
+  float reading[kChunk];             // what token i reads the state with
   alignas(8) float columns[V::kLengths ? kChunk : 1];
-  float rows[V::kLengths ? kChunk : 1];                                      // 1 / |x| of what scores are made of
-  float scaled[V::kLengths ? kChunk : 1];                                    // writing, times columns
+  float rows[V::kRowLengths ? kChunk : 1];                                   // 1 / |x| of what scores are made of
+  alignas(8) float scaled[V::kLengths ? kChunk : 1];                         // writing, times columns
   float inverse[V::kThrough ? kChunk : 1], along[V::kThrough ? kChunk : 1];  // of rows: Length of lengths.cuh
   // Whether warps found something that is not finite in the values of the first output and the second.
-  int nonfinite[2][2 * kWarpgroup / 32];
+  int nonfinite[2][kWarpgroup / 32];
   unsigned long long bad[2][V::kD < V::kE ? V::kE : V::kD];  // which tokens, for each column; else undefined
 };
 
@@ -113,8 +113,8 @@ struct alignas(1024) SharedStorage {
   int piece;     // and which piece of work that is
   Notes<V> notes[V::kStages];
   // A stage is full when its tiles have come, ready when they are inspected, measured when lengths are known, empty
-  // when all are done with it. Before that, of outputs alone: the state has advanced, scores are made and vectors
-  // through which a gradient goes are read, or with kLate have come.
+  // when all are done with it. Before that the state has advanced; and of outputs alone, values were looked at, scores
+  // are made, vectors through which a gradient goes are read, or with kLate have come, and outputs are put down.
   Barrier full[V::kStages], ready[V::kStages], measured[V::kStages], empty[V::kStages];
   Barrier looked[V::kStages], advanced[V::kStages], scored[V::kStages], through[V::kStages], put_down[V::kStages];
   Barrier state_full[V::kStates], state_empty[V::kStates];

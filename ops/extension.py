@@ -56,13 +56,19 @@ def build() -> Path:
     renamed, so that it is whole whenever it exists; processes that start together wait for the first one.
 
     Raises:
-        BuildError: no nvcc, no sources, or a compiler error, with the compiler's own words.
+        BuildError: no nvcc, no sources, no folder to write to, or a compiler error, with the compiler's own words.
     """
     folder, nvcc = _cache(), _nvcc()
     library = folder / f"kernels-{_key(nvcc)}.so"
+    if library.exists():
+        return library
+    if not os.access(folder, os.W_OK):
+        raise BuildError(f"{folder}: expected a folder to write to; XDG_CACHE_HOME chooses another")
     with FileLock(folder / "lock"):
         if library.exists():
             return library
+        for left in folder.glob("tmp*"):  # by builds that were killed
+            shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             made = Path(temporary) / library.name
             report = compile_library(nvcc, made)
@@ -76,9 +82,18 @@ def compile_library(nvcc: str, made: Path) -> str:
     include = Path(torch.__file__).parent / "include"
     sources = sorted(str(x) for x in SOURCES.iterdir() if x.suffix in (".cu", ".cpp"))
     command = [nvcc, *FLAGS, f"-I{include}", "--shared", "-o", str(made), *sources]
-    result = subprocess.run(command, capture_output=True, text=True)
+    report = _said(command)
+    if not made.exists():
+        raise BuildError(f"{nvcc} ended well but wrote no library")
+    return report
+
+
+def _said(command: list[str]) -> str:
+    """All that nvcc writes; a `BuildError` if it fails."""
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if result.returncode:
-        raise BuildError(f"nvcc failed with {result.returncode}: {(result.stderr or result.stdout).strip()[-2000:]}")
+        said = (result.stderr or result.stdout).strip()[-2000:]
+        raise BuildError(f"nvcc failed with {result.returncode}: {said or f'{command[0]} said nothing'}")
     return result.stderr + result.stdout
 
 
@@ -87,13 +102,16 @@ def _nvcc() -> str:
     for folder in (f"{home}/bin" if home else "", None, "/usr/local/cuda/bin"):  # None: the PATH
         if folder != "" and (found := shutil.which("nvcc", path=folder)):
             return found
-    raise BuildError("nvcc is not on the PATH, nor under CUDA_HOME or /usr/local/cuda")
+    raise BuildError(f"nvcc is not on the PATH, nor under CUDA_HOME ({home or 'not set'}) or /usr/local/cuda")
 
 
 def _cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(base) / "transnormer"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildError(f"{folder}: can't be made ({error.strerror}); XDG_CACHE_HOME chooses another place") from error
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise BuildError(f"{folder}: expected a folder of this user that nobody else can write to")
@@ -104,7 +122,7 @@ def _key(nvcc: str) -> str:
     """Digest of whatever the library depends on."""
     if not SOURCES.is_dir():
         raise BuildError(f"{SOURCES}: the kernels' sources are not there")
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    version = _said([nvcc, "--version"])
     more = (os.environ.get(f"NVCC_{x}", "") for x in ("PREPEND_FLAGS", "APPEND_FLAGS", "CCBIN"))  # nvcc reads them
     digest = hashlib.sha256("\n".join((*FLAGS, *more, version)).encode())
     for path in sorted(SOURCES.iterdir()):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ops import lightning_attention_step
+from ops.lightning_attention import cuda_unavailable_reason
 
 from .measure import header, median_seconds
 
@@ -61,12 +62,16 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         parser.error("needs a GPU, torch.cuda.is_available() is False")
     device = torch.device("cuda")
+    dtype = getattr(torch, args.dtype)
+    x = torch.zeros(1, 1, 1, args.width, device=device, dtype=dtype)
+    if (reason := cuda_unavailable_reason(x, x)) is not None:
+        parser.error(reason)
     print(header(device))
     source = torch.zeros(2**28, device="cuda")  # a gigabyte, so from no cache
     target = torch.empty_like(source)
     most = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), args.repeats, device) / 1e9
     for batch in args.batch:
-        step = captured_step(args.layers, batch, args.heads, args.width, getattr(torch, args.dtype))
+        step = captured_step(args.layers, batch, args.heads, args.width, dtype)
         median = median_seconds(step.graph.replay, args.repeats, device)
         rate = 2 * step.states.nbytes / median / 1e9
         print(

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,18 @@ def only(backend: str) -> Iterator[None]:
 
 def _kept_from_the_kernels(q: Tensor, v: Tensor) -> str:  # a mock object would hold on to all arguments
     return "kept from the kernels"
+
+
+def read_config(path: Path, qk_norm: str | None) -> TransnormerConfig:
+    """That of the `model` of a training configuration."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML: {error}") from error
+    shape = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(shape, dict):
+        raise ValueError(f"{path}: expected keys with `model` among them, a mapping")
+    return TransnormerConfig(**(shape if qk_norm is None else {**shape, "qk_norm": qk_norm}))
 
 
 def train(config: TransnormerConfig, text: bytes, args: argparse.Namespace) -> tuple[list[float], float]:
@@ -98,21 +111,23 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--{name}: expected a whole number from {least}, got {getattr(args, name)}")
     if len(set(args.backends)) < len(args.backends):
         parser.error(f"--backends: expected each once, got {' '.join(args.backends)}")
-    if "cuda" in args.backends:
-        if torch.device(args.device).type != "cuda" or not torch.cuda.is_available():
-            parser.error(f"--backends: cuda needs a GPU, --device is {args.device}")
-        x = torch.zeros(1, 1, 1, 8, device=args.device, dtype=DTYPES[args.precision])
-        if (reason := cuda_unavailable_reason(x, x)) is not None:
-            parser.error(f"--backends: cuda can't run: {reason}")
+    if not 0 < args.lr < math.inf:
+        parser.error(f"--lr: expected a number above 0, got {args.lr}")
     try:
-        shape = dict((yaml.safe_load(args.config.read_text()) or {}).get("model", {}))
+        config = read_config(args.config, args.qk_norm)
         text = args.text.read_bytes()
         next(batches(text, 1, args.batch, args.tokens))
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
-    if args.qk_norm is not None:
-        shape["qk_norm"] = args.qk_norm
-    config = TransnormerConfig(**shape)
+    try:
+        x = torch.zeros(1, 1, 1, config.head_dim or 1, device=args.device, dtype=DTYPES[args.precision])
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device: {args.device} can't be used: {error}")
+    if "cuda" in args.backends:
+        if x.device.type != "cuda":
+            parser.error(f"--backends: cuda needs a GPU, --device is {args.device}")
+        if (reason := cuda_unavailable_reason(x, x)) is not None:
+            parser.error(f"--backends: cuda can't run: {reason}")
     print(header(torch.device(args.device)))
     runs: dict[str, list[float]] = {}
     for backend in args.backends:

@@ -10,6 +10,8 @@ from ops import lightning_attention, lightning_attention_step, lightning_cuda
 
 DTYPES = ["bfloat16", "float16", "float32"]
 WIDTHS = [(64, 64), (128, 128), (256, 64), (40, 24), (136, 200)]
+# For what some widths alone need: sums over parts of wide keys, rows not aligned, unit length outside of passes.
+MORE_WIDTHS = [(264, 136), (7, 33), (7, 136), (40, 136), (128, 136), (24, 24)]
 
 
 def call(d: int, e: int, dtype: torch.dtype, device: torch.device, qk_norm: bool, packed: bool, backend: str) -> None:
@@ -33,13 +35,22 @@ def call(d: int, e: int, dtype: torch.dtype, device: torch.device, qk_norm: bool
 def every(dtype: torch.dtype, device: torch.device, backend: str = "cuda") -> int:
     """How many calls of `lightning_attention` there were."""
     plan, calls = lightning_cuda._segment_length, 0
-    for (d, e), qk_norm, length, packed in itertools.product(WIDTHS, (False, True), (0, 64), (False, True)):
+    cases = itertools.product(WIDTHS, (False, True), (0, 64), (False, True))
+    for (d, e), qk_norm, length, packed in (*cases, *((widths, True, 64, False) for widths in MORE_WIDTHS)):
         cut = (length, 0)
         with mock.patch.object(lightning_cuda, "_segment_length", (lambda *_, cut=cut: cut) if length else plan):
             call(d, e, dtype, device, qk_norm, packed, backend)
         calls += 1
-    q, k, v = (torch.randn(3, 2, 1, width, device=device).to(dtype) for width in (40, 40, 24))
-    lightning_attention_step(q, k, v, torch.full((2,), -0.1, device=device), torch.zeros(3, 2, 40, 24, device=device))
+    if dtype == torch.float32:
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")  # tf32
+        call(64, 64, dtype, device, False, False, backend)
+        torch.set_float32_matmul_precision(precision)
+        calls += 1
+    for e in (24, 33):
+        q, k, v = (torch.randn(3, 2, 1, width, device=device).to(dtype) for width in (40, 40, e))
+        log_decay, state = torch.full((2,), -0.1, device=device), torch.zeros(3, 2, 40, e, device=device)
+        lightning_attention_step(q, k, v, log_decay, state)
     return calls
 
 

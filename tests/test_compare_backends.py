@@ -71,10 +71,27 @@ def test_batches_begin_again() -> None:
         (["--backends", "torch", "torch"], "--backends: expected each once, got torch torch"),
         (["--backends", "torch", "--tokens", "2048"], "text: expected 8192 bytes for a batch, got 2250"),
         (["--backends", "torch", "--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
-        (["--device", "cpu"], "--backends: cuda needs a GPU, --device is cpu"),
+        (["--tokens", "64", "--device", "cpu"], "--backends: cuda needs a GPU, --device is cpu"),
+        (["--lr", "-1"], "--lr: expected a number above 0, got -1.0"),
+        (["--tokens", "64", "--device", "gpu"], "--device: gpu can't be used: "),
+        (["--config", "no.yaml"], "no.yaml: expected YAML: "),
+        (["--config", "list.yaml"], "list.yaml: expected keys with `model` among them, a mapping"),
+        (["--config", "null.yaml"], "null.yaml: expected keys with `model` among them, a mapping"),
+        (["--config", "typo.yaml"], "hidden_sizee"),
     ],
 )
-def test_wrong_options(change: list[str], said: str, files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options(
+    change: list[str],
+    said: str,
+    files: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wrong = {"no": "a: [", "list": "[1, 2]", "null": "model:", "typo": "model: {hidden_sizee: 64}"}
+    for name, content in wrong.items():
+        (tmp_path / f"{name}.yaml").write_text(content)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main([*files, *change])
     assert stop.value.code == 2

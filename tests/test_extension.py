@@ -11,7 +11,16 @@ import torch
 from ops import extension, lightning_attention
 from ops.extension import BuildError
 
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, CUDA's compiler")
+
+def nvcc() -> str | None:
+    try:
+        return extension._nvcc()
+    except BuildError:
+        return None
+
+
+NVCC = nvcc()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc, CUDA's compiler")
 
 
 @pytest.fixture
@@ -26,7 +35,7 @@ def test_compiles_without_warnings_and_without_spills(tmp_path: Path) -> None:
 
     Warnings are errors by the compiler's flags.
     """
-    report = extension.compile_library(shutil.which("nvcc"), tmp_path / "kernels.so").splitlines()
+    report = extension.compile_library(NVCC, tmp_path / "kernels.so").splitlines()
     passes = {
         line.split("for ")[-1]: int(re.search(r"(\d+) bytes spill stores", report[i + 1]).group(1))
         for i, line in enumerate(report)
@@ -75,8 +84,7 @@ def test_another_source_or_flag_is_another_library(
     sources = tmp_path / "csrc"
     shutil.copytree(extension.SOURCES, sources)
     monkeypatch.setattr(extension, "SOURCES", sources)
-    nvcc = shutil.which("nvcc")
-    before = extension._key(nvcc)
+    before = extension._key(NVCC)
     if changed == "flags":
         monkeypatch.setattr(extension, "FLAGS", (*extension.FLAGS, "-g"))
     elif changed == "environment":
@@ -84,7 +92,7 @@ def test_another_source_or_flag_is_another_library(
     else:
         with (sources / ("step.cu" if changed == "source" else "decay.cuh")).open("a") as file:
             file.write("\n")
-    assert extension._key(nvcc) != before
+    assert extension._key(NVCC) != before
 
 
 def test_a_folder_that_others_write_to_is_refused(cache: Path) -> None:
@@ -92,6 +100,61 @@ def test_a_folder_that_others_write_to_is_refused(cache: Path) -> None:
     os.chmod(cache, 0o777)
     with pytest.raises(BuildError, match=r"expected a folder of this user that nobody else can write to$"):
         extension._cache()
+
+
+def fake_nvcc(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """An nvcc that knows its version; else it does what the script says."""
+    folder.joinpath("bin").mkdir(parents=True)
+    path = folder / "bin" / "nvcc"
+    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{script}\n')
+    path.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("printf 'caf\\351' >&2; exit 3", "nvcc failed with 3: caf\ufffd"),
+        ("exit 3", "nvcc failed with 3: .*/bin/nvcc said nothing"),
+        ("exit 0", ".*/bin/nvcc ended well but wrote no library"),
+        ("kill -9 $$", "nvcc failed with -9: .*/bin/nvcc said nothing"),
+    ],
+    ids=["not UTF-8", "silent", "nothing written", "killed"],
+)
+def test_what_a_failing_compiler_says(
+    script: str, said: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_nvcc(tmp_path / "cuda", monkeypatch, script)
+    (cache / "tmp_of_a_killed_build").mkdir(mode=0o700, parents=True)
+    cache.chmod(0o700)
+    with pytest.raises(BuildError, match=f"^{said}$"):
+        extension.build()
+    assert [x.name for x in cache.iterdir()] == ["lock"]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert re.fullmatch(said, extension.unavailable_reason.__wrapped__())
+
+
+def test_what_is_built_is_taken_from_a_folder_that_cannot_be_written_to(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_nvcc(tmp_path / "cuda", monkeypatch, "exit 3")
+    cache.mkdir(mode=0o700)
+    monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)  # root may write anywhere
+    with pytest.raises(
+        BuildError, match=r"transnormer: expected a folder to write to; XDG_CACHE_HOME chooses another$"
+    ):
+        extension.build()
+    library = cache / f"kernels-{extension._key(extension._nvcc())}.so"
+    library.touch()
+    assert extension.build() == library
+    assert [x.name for x in cache.iterdir()] == [library.name]
+
+
+def test_a_cache_that_cannot_be_made_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(BuildError, match=r"file/transnormer: can't be made \(Not a directory\); XDG_CACHE_HOME"):
+        extension.build()
 
 
 def test_no_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,13 @@
 """scripts/benchmark_passes.py and scripts/every_kernel.py, as far as they need no GPU, and on one."""
 
 import re
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from ops import chunkwise, lightning_cuda
+from ops import chunkwise, extension, lightning_cuda
 from scripts import benchmark_passes, every_kernel
 from scripts.benchmark_passes import GROUPS, Shape, measured
 
@@ -14,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def test_every_kernel_makes_calls_that_the_operator_takes() -> None:
-    assert every_kernel.every(torch.float32, CPU, backend="torch") == 40
+    assert every_kernel.every(torch.float32, CPU, backend="torch") == 47
 
 
 def test_passes_get_the_arguments_that_a_shape_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,5 +63,29 @@ def test_both_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     every_kernel.main(["--dtypes", "bfloat16"])
     benchmark_passes.main(["norm", "--repeats", "1"])
     out = capsys.readouterr().out
-    assert "bfloat16: 40 calls" in out
+    assert "bfloat16: 46 calls" in out
     assert len(re.findall(r"together \d+\.\d+", out)) == len(GROUPS["norm"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_every_kernel_that_is_compiled_is_called() -> None:
+    if (reason := lightning_cuda.library_unavailable_reason(0)) is not None:
+        pytest.skip(reason)
+    report = extension.build().with_suffix(".txt").read_text()
+    compiled = Counter(kernel_of(name) for name in set(re.findall(r"Compiling entry function '(\w+)'", report)))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for name in every_kernel.DTYPES:
+            every_kernel.every(getattr(torch, name), torch.device("cuda"))
+        torch.cuda.synchronize()
+    called = {event.name for event in profile.events()}
+    seen = Counter(
+        found[1] for name in called if (found := re.search(r"(\w+_kernel)\b", name)) and found[1] in compiled
+    )
+    assert seen == compiled
+
+
+def kernel_of(mangled: str) -> str:
+    """The function's own name, without namespaces and arguments: each name follows its length."""
+    names = (mangled[x.end() :][: int(x[0])] for x in re.finditer(r"\d+", mangled))
+    return next(name for name in names if name.endswith("_kernel"))
