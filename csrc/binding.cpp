@@ -301,9 +301,9 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   CHECK(x || !both, "x: expected where it is used");
   const int64_t heads = both ? x->size(1) : out.size(out.dim() - 3);
   CHECK(!both || out.dim() == 4, "out: expected 4 dims beside out_of_k, got ", out.dim());
-  p.makes = !both ? Makes::kOne : out.size(1) == heads ? Makes::kBoth : Makes::kSums;
-  const int64_t out_heads = p.makes == Makes::kSums ? heads / 2 : heads;
-  CHECK(p.makes != Makes::kSums || (heads % 2 == 0 && tile.d == 128 && !table && !chain),
+  p.outputs = !both ? Outputs::kOne : out.size(1) == heads ? Outputs::kBoth : Outputs::kSums;
+  const int64_t out_heads = p.outputs == Outputs::kSums ? heads / 2 : heads;
+  CHECK(p.outputs != Outputs::kSums || (heads % 2 == 0 && tile.d == 128 && !table && !chain),
         "out: expected as many heads as x has, or half of an even number for whole sequences in tiles of 128");
   const int64_t slots = fill(p, k, v, log_decay, initial, table, heads, segment_length, reverse, tile);
   check_same(q, "q", k.scalar_type(), k);
@@ -311,7 +311,7 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   p.q = tiled(q, "q", heads, tile.d);
   p.k = tiled(k, "k", heads, tile.d);
   p.v = tiled(v, "v", heads, tile.e);
-  CHECK(p.makes != Makes::kSums || (heads / k.size(1) % 2 == 0 && heads / v.size(1) % 2 == 0),
+  CHECK(p.outputs != Outputs::kSums || (heads / k.size(1) % 2 == 0 && heads / v.size(1) % 2 == 0),
         "k, v: expected an even number of heads of out for each");
   CHECK(norm >= 0 && norm <= int(Norm::kValues), "norm: expected 0 to 3, got ", norm);
   p.norm = Norm(norm);

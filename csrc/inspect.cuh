@@ -1,5 +1,5 @@
-// Makes what outputs and state need to know of a chunk: weights of its tokens, lengths, and whether some values are not
-// finite; clears rows of other sequences.
+// Outputs what outputs and state need to know of a chunk: weights of its tokens, lengths, and whether some values are
+// not finite; clears rows of other sequences.
 #pragma once
 
 #include "decay.cuh"

@@ -48,7 +48,7 @@ constexpr double kMinLength = 1e-6;  // shorter vectors are divided by it: MIN_L
 enum class Norm : int { kNone = 0, kMeasured = 1, kKept = 2, kValues = 3 };
 
 // What a pass makes: one output; the gradients of k and v together; or those of each two neighbouring heads, added up.
-enum class Makes : int { kOne, kBoth, kSums };
+enum class Outputs : int { kOne, kBoth, kSums };
 
 // Where a piece of a sequence lies. Pieces of one sequence are neighbours in the list.
 struct Segment {
@@ -97,5 +97,5 @@ struct PassParams {
   int d_tiles, e_tiles;
   int reverse;
   Norm norm;
-  Makes makes;
+  Outputs outputs;
 };

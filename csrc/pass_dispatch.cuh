@@ -6,9 +6,9 @@
 
 template <class Element>
 cudaError_t dispatch_pass(const PassParams& p, Tile tile, int pieces, int multiprocessors, cudaStream_t stream) {
-#define RUN(kD, kE, kNorm, kMakes)                                                       \
-  if (tile.d == kD && tile.e == kE && p.norm == Norm::kNorm && p.makes == Makes::kMakes) \
-    return launch_pass<Variant<Element, kD, kE, Norm::kNorm, Makes::kMakes>>(p, pieces, multiprocessors, stream);
+#define RUN(kD, kE, kNorm, kOutputs)                                                           \
+  if (tile.d == kD && tile.e == kE && p.norm == Norm::kNorm && p.outputs == Outputs::kOutputs) \
+    return launch_pass<Variant<Element, kD, kE, Norm::kNorm, Outputs::kOutputs>>(p, pieces, multiprocessors, stream);
   FOR_EACH_VARIANT(RUN)
 #undef RUN
   return cudaErrorInvalidValue;

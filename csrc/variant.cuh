@@ -12,12 +12,13 @@ constexpr int kInspecting = 64;  // threads
 constexpr int kPanelBytes = kChunk * kPanelRow;
 
 // One compiled kernel. kD, kE: tile of the state.
-template <class Element_, int kD_, int kE_, Norm kNorm_, Makes kMakes>
+template <class Element_, int kD_, int kE_, Norm kNorm_, Outputs kOutputs>
 struct Variant {
   using Element = Element_;
   static constexpr int kD = kD_, kE = kE_;
   static constexpr Norm kNorm = kNorm_;
-  static constexpr bool kBoth = kMakes != Makes::kOne, kSums = kMakes == Makes::kSums;  // two outputs, added up or not
+  static constexpr bool kBoth = kOutputs != Outputs::kOne,
+                        kSums = kOutputs == Outputs::kSums;  // two outputs, added up or not
   static constexpr bool kLengths = kNorm != Norm::kNone;
   static constexpr bool kMeasures = kNorm == Norm::kMeasured;  // lengths; else they come with the tiles
   static constexpr bool kReadsLengths = kLengths && !kMeasures, kRowLengths = kLengths && kNorm != Norm::kValues;

@@ -5,9 +5,9 @@
 
 #include "params.h"
 
-// VARIANT(kD, kE, norm, makes): a tile of the state; which vectors are divided by their length; which outputs it makes.
-// The smallest tile that holds a head is used. Where none does there are several: of 128 × 128 if only v is wider, else
-// of the last.
+// VARIANT(kD, kE, norm, outputs): a tile of the state; which vectors are divided by their length; which outputs it
+// makes. The smallest tile that holds a head is used. Where none does there are several: of 128 × 128 if only v is
+// wider, else of the last.
 #define FOR_EACH_VARIANT(VARIANT)    \
   VARIANT(64, 64, kNone, kOne)       \
   VARIANT(64, 64, kMeasured, kOne)   \

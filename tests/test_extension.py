@@ -31,10 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @needs_nvcc
 def test_compiles_without_warnings_and_without_spills(tmp_path: Path) -> None:
-    """Of the kernels of `pass_hopper.cuh`, those that divide by lengths may spill five values.
-
-    Warnings are errors by the compiler's flags.
-    """
+    """Warnings are errors by the compiler's flags."""
     report = extension.compile_library(NVCC, tmp_path / "kernels.so").splitlines()
     passes = {
         line.split("for ")[-1]: int(re.search(r"(\d+) bytes spill stores", report[i + 1]).group(1))
@@ -42,10 +39,7 @@ def test_compiles_without_warnings_and_without_spills(tmp_path: Path) -> None:
         if "Function properties for" in line and "pass_kernel" in line
     }
     assert len(passes) == 32
-    plain = {name: spilled for name, spilled in passes.items() if "L4Norm0" in name}
-    assert len(plain) == 12
-    assert set(plain.values()) == {0}
-    assert max(passes.values()) <= 20
+    assert set(passes.values()) == {0}
     assert [line for line in report if "(C75" in line] == []  # products that the compiler makes wait for each other
 
 
