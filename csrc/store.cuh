@@ -69,6 +69,7 @@ __device__ void store_outputs(const PassParams& p, SharedStorage<V>& shared) {
     }
     const Stage<V> tile(shared, stage);
     const int phase = phases >> stage & 1;
+    if constexpr (V::kBoth) shared.scored[stage].wait(phase);  // passed, but `synccheck` wants each phase waited for
     shared.put_down[stage].wait(phase);
     fence_for_async();  // after all that was written to the tiles: for the copies from here, and those to come
     if constexpr (V::kSums) {

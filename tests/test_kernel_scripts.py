@@ -85,7 +85,13 @@ def test_every_kernel_that_is_compiled_is_called() -> None:
     assert seen == compiled
 
 
+def kernels() -> list[str]:
+    """Names of all kernels in the sources."""
+    sources = "".join(path.read_text() for path in extension.SOURCES.glob("*.cu*"))
+    return re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", sources)
+
+
 def kernel_of(mangled: str) -> str:
-    """The function's own name, without namespaces and arguments: each name follows its length."""
-    names = (mangled[x.end() :][: int(x[0])] for x in re.finditer(r"\d+", mangled))
-    return next(name for name in names if name.endswith("_kernel"))
+    """The function's own name, without namespaces and arguments: it follows its length."""
+    (name,) = (name for name in kernels() if f"{len(name)}{name}" in mangled)
+    return name
