@@ -44,7 +44,7 @@ def every(dtype: torch.dtype, device: torch.device, backend: str = "cuda") -> in
     if dtype == torch.float32:
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")  # tf32
-        with mock.patch.object(lightning_cuda, "_segment_length", lambda *_: (64, 0)):
+        with mock.patch.object(lightning_cuda, "_segment_length", return_value=(64, 0)):
             call(64, 64, dtype, device, False, False, backend)
         torch.set_float32_matmul_precision(precision)
         calls += 1
