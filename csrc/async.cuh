@@ -41,10 +41,10 @@ struct Barrier {
   }
 };
 
-// Outputs initialised barriers visible to the copy engine.
+// Makes initialised barriers visible to the copy engine.
 __device__ inline void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// Outputs this thread's ordinary writes to shared memory visible to the tensor cores and the copy engine.
+// Makes this thread's ordinary writes to shared memory visible to the tensor cores and the copy engine.
 __device__ inline void fence_for_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Barrier 1 to 15 among the `threads` threads that call it.

@@ -1,4 +1,4 @@
-// Outputs what outputs and state need to know of a chunk: weights of its tokens, lengths, and whether some values are
+// Makes what outputs and state need to know of a chunk: weights of its tokens, lengths, and whether some values are
 // not finite; clears rows of other sequences.
 #pragma once
 

@@ -52,7 +52,7 @@ __device__ float factor_of(float x) {
   return __uint_as_float((254 - exponent) << 23);
 }
 
-// Outputs u = x / |x|, or of `grad` the gradient of x. NaN stays, infinity becomes NaN.
+// Makes u = x / |x|, or of `grad` the gradient of x. NaN stays, infinity becomes NaN.
 template <bool kBackward, int kLanes, class Part>
 __device__ void convert(Part& x, Part& grad) {
   float largest = 0.f, squares = 0.f, along = 0.f;
