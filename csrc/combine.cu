@@ -7,11 +7,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <class Value, int kWidth>
-struct alignas(kWidth * sizeof(Value)) Pack {
-  Value values[kWidth];
-};
-
 template <class Element, class Out, int kWidth>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const CombineParams p) {
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, inner = p.inner / kWidth;
@@ -38,7 +33,7 @@ cudaError_t launch(const CombineParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// One value at a time where they aren't aligned, which is left out for types of which no rows are.
+// One value at a time where they aren't aligned, as they may be in float32 alone.
 template <class Element, class Out>
 cudaError_t combine(const CombineParams& p, cudaStream_t stream) {
   constexpr int kWidth = 16 / sizeof(Element);
@@ -46,7 +41,7 @@ cudaError_t combine(const CombineParams& p, cudaStream_t stream) {
                      reinterpret_cast<uintptr_t>(p.out) % (kWidth * sizeof(Out)) == 0;
   if (packs) return launch<Element, Out, kWidth>(p, stream);
   if constexpr (sizeof(Out) == sizeof(float)) return launch<Element, Out, 1>(p, stream);
-  return cudaErrorMisalignedAddress;
+  return cudaErrorMisalignedAddress;  // the binding checks it
 }
 
 }  // namespace

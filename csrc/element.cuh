@@ -1,10 +1,15 @@
-// From the type of a tensor's elements to the kernels compiled for it.
+// From the type of a tensor's elements to the kernels compiled for it, and neighbouring elements moved at once.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "params.h"
+
+template <class Element, int kWidth>
+struct alignas(kWidth * sizeof(Element)) Pack {
+  Element values[kWidth];
+};
 
 // run(element), with an element of the type.
 template <class Run>

@@ -3,6 +3,7 @@
 
 #include "decay.cuh"
 #include "segments.cuh"
+#include "element.cuh"
 #include "variants.h"
 
 namespace {
@@ -59,19 +60,17 @@ __global__ void plan_kernel(const int* cu_seqlens, int sequences, int tokens, in
 // A block adds up part of one head's states along one sequence, a thread kWidth neighbouring values.
 template <int kWidth>
 __global__ void scan_kernel(const __grid_constant__ PassParams p, int elements) {
-  struct alignas(kWidth * sizeof(float)) Pack {
-    float values[kWidth];
-  };
+  using Values = Pack<float, kWidth>;
   const int head = blockIdx.x % p.heads, at = (blockIdx.y * blockDim.x + threadIdx.x) * kWidth;
   Work work;
   if (!find_work(p, blockIdx.x / p.heads, work) || !work.first || work.last || at >= elements) return;
   const float log_lambda = log_decay_of(p.log_decay, head);
   float* carry = p.carry + head * p.carry_strides.head + at;
-  Pack state = *reinterpret_cast<const Pack*>(carry + work.carry * p.carry_strides.sequence);
+  Values state = *reinterpret_cast<const Values*>(carry + work.carry * p.carry_strides.sequence);
   while (true) {
     if (!find_work(p, work.slot + (p.reverse ? -1 : 1), work) || work.last) return;
-    Pack* here = reinterpret_cast<Pack*>(carry + work.carry * p.carry_strides.sequence);
-    const Pack own = *here;
+    Values* here = reinterpret_cast<Values*>(carry + work.carry * p.carry_strides.sequence);
+    const Values own = *here;
     const float carried = power(log_lambda, work.length);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) state.values[i] = own.values[i] + carried * state.values[i];

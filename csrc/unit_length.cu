@@ -12,17 +12,15 @@ constexpr int kThreads = 256, kMostWidth = 1024;
 // What a lane holds of a vector: every kLanes-th pack of kPack neighbouring elements.
 template <class Element, int kPack, int kLanes, int kPacks>
 struct Part {
-  struct alignas(kPack * sizeof(Element)) Pack {
-    Element values[kPack];
-  };
+  using Values = Pack<Element, kPack>;
   float values[kPacks * kPack];
 
   __device__ static int column(int pack) { return (pack * kLanes + threadIdx.x % kLanes) * kPack; }
   __device__ void load(const Element* row, int width) {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      Pack pack{};
-      if (column(i) < width) pack = *reinterpret_cast<const Pack*>(row + column(i));
+      Values pack{};
+      if (column(i) < width) pack = *reinterpret_cast<const Values*>(row + column(i));
 #pragma unroll
       for (int j = 0; j < kPack; ++j) values[i * kPack + j] = float(pack.values[j]);
     }
@@ -30,10 +28,10 @@ struct Part {
   __device__ void store(Element* row, int width) const {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      Pack pack;
+      Values pack;
 #pragma unroll
       for (int j = 0; j < kPack; ++j) pack.values[j] = Element(values[i * kPack + j]);
-      if (column(i) < width) *reinterpret_cast<Pack*>(row + column(i)) = pack;
+      if (column(i) < width) *reinterpret_cast<Values*>(row + column(i)) = pack;
     }
   }
 };
@@ -105,7 +103,6 @@ template <class Element, int kPack, int kLanes, int kPacks, int kVectors>
 cudaError_t launch(const UnitLengthParams& p, cudaStream_t stream) {
   constexpr int kTokens = kThreads / kLanes * kVectors;
   const int64_t blocks = p.pairs * ((int64_t(p.tokens) + kTokens - 1) / kTokens);
-  if (blocks >= int64_t(1) << 31) return cudaErrorInvalidConfiguration;
   if (p.grad.data == nullptr)
     unit_length_kernel<Element, kPack, kLanes, kPacks, kVectors, false><<<dim3(blocks), kThreads, 0, stream>>>(p);
   else

@@ -74,8 +74,8 @@ def _library_unavailable_reason(device: int) -> str | None:
 
 def empty_lengths(q: Tensor, k: Tensor, v: Tensor, qk_norm: bool) -> Lengths | None:
     """Room for lengths, or None where the backward pass does not divide by them itself."""
-    narrow, wide = (x.shape[3] <= 128 for x in (q, v)), (x.shape[3] > 128 for x in (q, v))
-    if not qk_norm or not _norm_in_kernel(q) or not (all(narrow) or all(wide)):
+    alike = max(q.shape[3], v.shape[3]) <= 128 or min(q.shape[3], v.shape[3]) > 128
+    if not (qk_norm and _norm_in_kernel(q) and alike):
         return None
     return Lengths(*(x.new_empty((*x.shape[:2], -(-x.shape[2] // 4) * 4), dtype=torch.float32) for x in (q, k)))
 
@@ -145,7 +145,9 @@ def backward(
     if k.dtype != torch.float32 and max(k.shape[3], v.shape[3]) <= 128:
         through = None if lengths is None else q
         dq = _attend(do, v, k, *common, start, norm=of_values, through=through, lengths=kept)
-        dk, dv = _gradients_of_both(do, grad_state, grad_initial, q, k, v, log_decay, cu_seqlens, of_vectors, lengths)
+        dk, dv = _gradients_of_both(
+            do, grad_state, grad_initial, q, k, v, log_decay, cu_seqlens, norm=of_vectors, lengths=(of_k, of_q)
+        )
         taken_through = lengths is not None
     else:
         dq = _attend(do, v, k, *common, start, norm=of_values, lengths=(None, of_k))
@@ -254,8 +256,9 @@ def _gradients_of_both(
     v: Tensor,
     log_decay: Tensor | None,
     cu_seqlens: Tensor | None,
+    *,
     norm: int,
-    lengths: Lengths | None,
+    lengths: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of k and v, (B, H, T, D) and (B, H, T, E), in one pass from right to left.
 
@@ -268,10 +271,9 @@ def _gradients_of_both(
     shape = q.shape[0], heads // (2 if paired else 1), q.shape[2]
     dk, dv = k.new_empty((*shape, k.shape[3])), v.new_empty((*shape, v.shape[3]))
     chain = _chain(k, v, heads, segments)
-    of_q, of_k = lengths or (None, None)
     common = log_decay, grad_state, segments.table
     torch.ops.transnormer_kernels.attend(
-        q, k, v, do, of_k, of_q, *common, *chain, dv, dk, grad_initial, segments.length, True, norm
+        q, k, v, do, *lengths, *common, *chain, dv, dk, grad_initial, segments.length, True, norm
     )
     return dk, dv
 

@@ -1,5 +1,6 @@
 """scripts/benchmark_passes.py and scripts/every_kernel.py, as far as they need no GPU, and on one."""
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -85,6 +86,7 @@ def test_every_kernel_that_is_compiled_is_called() -> None:
     assert seen == compiled
 
 
+@functools.cache
 def kernels() -> list[str]:
     """Names of all kernels in the sources."""
     sources = "".join(path.read_text() for path in extension.SOURCES.glob("*.cu*"))

@@ -123,16 +123,21 @@ def test_gradients_of_neighbouring_heads_are_added_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """More of them than run at a time, of sequences that are not cut; groups of three are not paired."""
-    made = []
-    both = lightning_cuda._gradients_of_both
-    monkeypatch.setattr(lightning_cuda, "_gradients_of_both", lambda *args: made.append(both(*args)) or made[-1])
+    both, seen = lightning_cuda._gradients_of_both, set()
+
+    def spied(*args, **more):  # type: ignore[no-untyped-def]
+        gradients = both(*args, **more)
+        seen.update(x.shape[1] for x in gradients)
+        return gradients
+
+    monkeypatch.setattr(lightning_cuda, "_gradients_of_both", spied)
     monkeypatch.setattr(lightning_cuda, "_segment_length", lambda *_: (320, 0))
     case = Case(T=tokens, B=30, H=heads, Gk=of_k, Gv=of_v, D=128, E=96, qk_norm=qk_norm)
     check(case, device, dtype)
-    assert {x.shape[1] for pair in made for x in pair} == {heads if heads == 6 else heads // 2}
+    assert seen == {heads if heads == 6 else heads // 2}
     tensors, grads = inputs(case, device, dtype), output_gradients(case, device, dtype)
     first = run(by_kernels, tensors, *grads, qk_norm=qk_norm)
-    for _ in range(20):
+    for _ in range(99):
         for name, x in run(by_kernels, tensors, *grads, qk_norm=qk_norm).items():
             assert torch.equal(x, first[name]), name
 
@@ -304,9 +309,12 @@ def test_as_the_first_that_a_thread_does_on_the_gpu(dtype: torch.dtype, device: 
 
 
 @every_type
-@pytest.mark.parametrize("bounds", [None, (0, 70, 70, 200)], ids=["rows", "packed"])
-def test_in_a_cuda_graph(bounds, dtype: torch.dtype, device: torch.device) -> None:  # type: ignore[no-untyped-def]
-    case = Case(T=200, D=64, E=64, B=1, bounds=bounds)
+@pytest.mark.parametrize(
+    "case",
+    [Case(T=200, D=64, E=64, B=1), packed(0, 70, 70, 200, D=64, E=64), Case(T=200, D=128, E=128, Gk=1, Gv=1)],
+    ids=["rows", "packed", "neighbours"],
+)
+def test_in_a_cuda_graph(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     cu_seqlens = case.cu_seqlens(device)
     tensors, grads = inputs(case, device, dtype), output_gradients(case, device, dtype)
     held = {name: x.clone() for name, x in tensors.items()}
@@ -342,9 +350,11 @@ def test_a_step_in_a_cuda_graph(dtype: torch.dtype, device: torch.device) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    "case", [Case(T=200, D=64, E=64, qk_norm=True), Case(T=200, D=128, E=128, Gk=1, Gv=1)], ids=["norm", "neighbours"]
+)
 @every_type
-def test_on_the_second_gpu(dtype: torch.dtype, device: torch.device) -> None:
-    case = Case(T=200, D=64, E=64, qk_norm=True)
+def test_on_the_second_gpu(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     expected = call(case, by_kernels, device, dtype)
     for name, x in call(case, by_kernels, torch.device("cuda:1"), dtype).items():
         assert torch.equal(x.to(device), expected[name]), name
@@ -368,6 +378,15 @@ def test_more_elements_than_32_bits_count(device: torch.device) -> None:
         for name in ("o", "gradient of q", "gradient of k", "gradient of v"):
             x = actual[name][:, head, start:][:, late].double()
             assert (x - alone[name][:, 0, late]).norm() / x.norm() < 2e-2, (name, head, start)
+
+
+def test_unit_length_and_sums_of_more_elements_than_32_bits_count(device: torch.device) -> None:
+    """At their ends as without what is before."""
+    x = torch.randn(1, 130, 130_000, 128, device=device, dtype=torch.bfloat16)
+    late = x[:, -5:, -100:].contiguous()
+    assert torch.equal(unit_length_by_kernel(x)[:, -5:, -100:], unit_length_by_kernel(late))
+    assert torch.equal(unit_length_by_kernel(x, x)[:, -5:, -100:], unit_length_by_kernel(late, late))
+    assert torch.equal(lightning_cuda._sum_groups(x, 26)[:, -1:, -100:], lightning_cuda._sum_groups(late, 1))
 
 
 def test_an_argument_that_must_be_copied_is_mentioned_once(device: torch.device) -> None:
