@@ -95,15 +95,13 @@ __device__ inline Length length_of_kept(float inverse, uint8_t* tile, int panels
 // Calls use(length) in one of the kThreads neighbouring threads that share a row of a tile, the one with part 0.
 template <class Element, int kPanels, int kThreads, class Use>
 __device__ inline void measure(uint8_t* tile, int row, int part, Use use) {
-  constexpr int kPieces = 8 * kPanels / kThreads, kAtOnce = kPieces < 4 ? kPieces : 4;
-  const int first = part * kPieces;
-  // Threads that begin in the same place of different panels would read from the same banks.
-  const uint32_t base =
-      shared_address(tile) + first / 8 * kPanelBytes + piece_offset(row, first % 8 ^ (first < 8 ? 0 : 8 / kThreads));
+  constexpr int kPieces = 8 / kThreads, kAtOnce = 4;  // pieces of a panel
+  static_assert(kPieces % kAtOnce == 0);
+  const uint32_t base = shared_address(tile) + piece_offset(row, part * kPieces);
   float sums[4] = {};
 #pragma unroll 1
-  for (int piece = 0; piece < kPieces; piece += kAtOnce) {
-    const uint32_t here = (base ^ piece % 8 << 4) + piece / 8 * kPanelBytes;
+  for (int piece = 0; piece < kPanels * kPieces; piece += kAtOnce) {
+    const uint32_t here = (base ^ piece % kPieces << 4) + piece / kPieces * kPanelBytes;
     uint4 x[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) x[i] = load_piece(here ^ i << 4);

@@ -29,9 +29,9 @@ __device__ inline float4 load_four(const float4* from, bool zero) {
 template <class V>
 struct StateKeeper {
   using Element = typename V::Element;
-  static constexpr int kRows = V::kE / 64;              // blocks of 64 rows
-  static constexpr int kN = V::kD < 128 ? V::kD : 128;  // columns of a product
-  static constexpr int kQuads = V::kD / 8;              // of values, of a thread, in one of them
+  static constexpr int kRows = V::kE / 64;                // blocks of 64 rows
+  static constexpr int kN = V::kD % 128 == 0 ? 128 : 64;  // columns of a product
+  static constexpr int kQuads = V::kD / 8;                // of values, of a thread, in one of them
   static constexpr int kPanelOfState = V::kE * kPanelRow;
   const PassParams& p;
   SharedStorage<V>& shared;

@@ -43,8 +43,8 @@ struct Variant {
   static constexpr int kStateBytes = kD * kE * 2;
   static constexpr int kStates = 2;  // copies of the state that outputs are read from; of float32 there is room for one
   // As many stages as fit.
-  static constexpr int kNotes =
-      kChunk * 52 + 256 + 16 * (kD < kE ? kE : kD);  // bytes of Notes, Chunk and lengths, at most
+  // Bytes of Notes, Chunk, barriers and lengths, at most.
+  static constexpr int kNotes = kChunk * (16 + 24 * kLengths + 8 * kThrough) + 256 + 8 * (1 + kBoth) * kE;
   static constexpr int kSumBytes = kSums ? kVPanels * kPanelBytes : 128;
   static constexpr int kFit = (226 * 1024 - kStates * kStateBytes - kSumBytes) / (kStageBytes + kNotes);
   static constexpr int kStages = kFit < 8 ? kFit : 8;
@@ -93,7 +93,7 @@ struct Notes {
   float inverse[V::kThrough ? kChunk : 1], along[V::kThrough ? kChunk : 1];  // of rows: Length of lengths.cuh
   // Whether warps found something that is not finite in the values of the first output and the second.
   int nonfinite[2][kWarpgroup / 32];
-  unsigned long long bad[2][V::kD < V::kE ? V::kE : V::kD];  // which tokens, for each column; else undefined
+  unsigned long long bad[1 + V::kBoth][V::kE];  // which tokens, for each column; else undefined
 };
 
 // 1 / |x| of the vectors of a chunk. Those that were kept begin 0 to 3 tokens before it.

@@ -7,7 +7,7 @@
 
 // VARIANT(kD, kE, norm, outputs): a tile of the state; which vectors are divided by their length; which outputs it
 // makes. The smallest tile that holds a head is used. Where none does there are several: of 128 × 128 if only v is
-// wider, else of the last.
+// wider, else as few as can be, of 192 × 64 if these are no more than of 256 × 64.
 #define FOR_EACH_VARIANT(VARIANT)    \
   VARIANT(64, 64, kNone, kOne)       \
   VARIANT(64, 64, kMeasured, kOne)   \
@@ -21,6 +21,10 @@
   VARIANT(128, 128, kNone, kSums)    \
   VARIANT(128, 128, kKept, kBoth)    \
   VARIANT(128, 128, kKept, kSums)    \
+  VARIANT(192, 64, kNone, kOne)      \
+  VARIANT(192, 64, kMeasured, kOne)  \
+  VARIANT(192, 64, kKept, kOne)      \
+  VARIANT(192, 64, kValues, kOne)    \
   VARIANT(256, 64, kNone, kOne)      \
   VARIANT(256, 64, kMeasured, kOne)  \
   VARIANT(256, 64, kKept, kOne)      \
@@ -33,7 +37,8 @@ struct Tile {
 // Tile for a state of d × e.
 inline Tile tile_of(int d, int e) {
   if (d <= 64 && e <= 64) return {64, 64};
-  return d <= 128 ? Tile{128, 128} : Tile{256, 64};
+  if (d <= 128) return {128, 128};
+  return (d + 191) / 192 == (d + 255) / 256 ? Tile{192, 64} : Tile{256, 64};
 }
 
 // The tile of the kernels for float32 and for the gradient of the decay.

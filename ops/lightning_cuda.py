@@ -306,7 +306,9 @@ def _tile(k: Tensor, v: Tensor) -> tuple[int, int]:
         return FLOAT32_TILE
     if max(k.shape[3], v.shape[3]) <= 64:
         return 64, 64
-    return (128, 128) if k.shape[3] <= 128 else (256, 64)
+    if k.shape[3] <= 128:
+        return 128, 128
+    return (192, 64) if -(-k.shape[3] // 192) == -(-k.shape[3] // 256) else (256, 64)
 
 
 def _parts(tile: tuple[int, int], k: Tensor, v: Tensor) -> tuple[int, int]:

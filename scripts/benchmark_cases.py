@@ -101,17 +101,26 @@ def _lengths(*tokens: int) -> list[Case]:
     return with_mask + without + [lightning(1, 4, n, 64) for n in tokens]
 
 
+def _unit(shapes: list[tuple[int, int, int, int]]) -> list[Case]:
+    """Lightning attention in bfloat16, q and k of unit length, without and with the backward pass."""
+    return [
+        lightning(*shape, "bfloat16", unit=True, backward=backward) for shape in shapes for backward in (False, True)
+    ]
+
+
 FLOORS = [  # the shapes (B, H, T, D) of the published comparison of lightning attention, unit-length q and k
     (16, 16, 2048, 128), (8, 16, 4096, 128), (2, 16, 16384, 128), (1, 16, 65536, 128), (1, 32, 131072, 128),
     (8, 12, 4096, 64), (8, 4, 4096, 256), (8, 1, 4096, 768), (8, 2, 4096, 1024),
 ]  # fmt: skip
+WIDE = [(8, 2, 4096, 384), (8, 1, 4096, 512), *FLOORS[-2:]]
 GROUPS: dict[str, list[Case]] = {
     "writings": _writings(),
     "lengths": _lengths(256, 512, 1024, 2048, 4096),
     "long": _lengths(8192, 16384),
     "memory": [masked(1, 4, 4096, 64, **how) for how in PASSES],
     "scaling": [lightning(1, 8, 2**n, 64) for n in range(10, 17)],
-    "kernels": [lightning(*shape, "bfloat16", unit=True, backward=b) for shape in FLOORS for b in (False, True)],
+    "kernels": _unit(FLOORS),
+    "wide": _unit(WIDE),
     "quick": [
         Case("masked", 2, 4, 2, 1, 96, 80, 16, 24, mask_grad=True),
         *(lightning(2, 4, tokens, 16) for tokens in (128, 256)),

@@ -38,7 +38,7 @@ def test_compiles_without_warnings_and_without_spills(tmp_path: Path) -> None:
         for i, line in enumerate(report)
         if "Function properties for" in line and "pass_kernel" in line
     }
-    assert len(passes) == 32
+    assert len(passes) == 40
     assert set(passes.values()) == {0}
     assert [line for line in report if "(C75" in line] == []  # products that the compiler makes wait for each other
 

@@ -39,12 +39,14 @@ CASES = [
         Case(T=130, D=d, E=e, **HEADS)
         for d, e in ((16, 16), (8, 72), (256, 256), (136, 40), (40, 264), (1, 1), (7, 33))
     ),
-    *(Case(T=150, D=d, E=d, B=1, H=1, Gk=1, Gv=1) for d in (384, 512, 768, 1024)),
+    *(Case(T=150, D=d, E=d, B=1, H=1, Gk=1, Gv=1) for d in (192, 384, 512, 576, 768, 1024)),
     *(Case(decay=decay, D=64, E=64) for decay in (None, 0.0, -1e-6, -8.0, -50.0, -float("inf"))),
     *(Case(Gk=a, Gv=b, D=64, E=128) for a, b in ((1, 1), (2, 2), (1, 4), (4, 2))),
-    *(Case(qk_norm=True, D=d, E=64, Gk=2, Gv=1) for d in (40, 64, 128, 200, 264)),
+    *(Case(qk_norm=True, D=d, E=64, Gk=2, Gv=1) for d in (40, 64, 128, 136, 200, 264)),
     *(Case(layout=layout, D=64, E=32) for layout in ("transposed", "projection", "columns")),
-    *(Case(qk_norm=True, D=d, E=e) for d, e in ((128, 256), (64, 264), (200, 136), (256, 264))),  # three passes
+    *(
+        Case(qk_norm=True, D=d, E=e) for d, e in ((128, 256), (64, 264), (136, 192), (200, 136), (256, 264))
+    ),  # three passes
     Case(layout="projection", qk_norm=True, Gk=1, Gv=2, D=128, E=128),
     Case(state=False, D=64, E=64),
     packed(0, 130, D=64, E=64),
@@ -103,7 +105,7 @@ def test_sequences_cut_in_segments(
 
 @every_type
 @pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize(("d", "e"), [(40, 64), (128, 72), (200, 64), (200, 136)])
+@pytest.mark.parametrize(("d", "e"), [(40, 64), (128, 72), (136, 136), (200, 64), (200, 136)])
 def test_every_variant_on_small_shapes(
     d: int, e: int, qk_norm: bool, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
