@@ -42,10 +42,10 @@ struct Variant {
   static constexpr int kStageBytes = kTileBytes + (kBoth ? kVPanels * kPanelBytes : 0);
   static constexpr int kStateBytes = kD * kE * 2;
   static constexpr int kStates = 2;  // copies of the state that outputs are read from; of float32 there is room for one
-  // As many stages as fit.
-  // Bytes of Notes, Chunk, barriers and lengths, at most.
+  // What a stage needs beside its tiles: Notes, Chunk, barriers and, where they are used, lengths; at most.
   static constexpr int kNotes = kChunk * (16 + 24 * kLengths + 8 * kThrough) + 256 + 8 * (1 + kBoth) * kE;
   static constexpr int kSumBytes = kSums ? kVPanels * kPanelBytes : 128;
+  // As many stages as fit; 1 KiB of the 227 is left for what there is once.
   static constexpr int kFit = (226 * 1024 - kStates * kStateBytes - kSumBytes) / (kStageBytes + kNotes);
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   // Whether state and outputs begin with a stage before its weights are known: of few stages all time counts.

@@ -53,6 +53,7 @@ CASES = [
     packed(0, 1, 2, 66, 66, 130, 200, D=64, E=64),
     packed(0, 0, 64, 128, 128, 128, decay=-8.0, D=128, E=128),
     packed(0, 0, 70, 71, 71, state=False, qk_norm=True, Gk=2, Gv=1, D=128, E=64),
+    packed(0, 70, 70, 150, qk_norm=True, D=192, E=136),
 ]
 
 
@@ -90,7 +91,7 @@ def test_is_as_accurate_as_plain_pytorch(case: Case, dtype: torch.dtype, device:
         *(Case(T=200, D=d, E=e) for d, e in ((1, 1), (7, 33))),
         packed(0, 64, 70, 70, 200, 333, 400, D=64, E=64),
         packed(0, 129, 333, D=128, E=128, qk_norm=True),
-        packed(0, 70, 70, 333, D=200, E=256, qk_norm=True, Gk=2, Gv=1),
+        *(packed(0, 70, 70, 333, D=d, E=e, qk_norm=True, Gk=2, Gv=1) for d, e in ((136, 192), (200, 256))),
     ],
     ids=str,
 )
