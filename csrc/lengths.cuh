@@ -95,7 +95,7 @@ __device__ inline Length length_of_kept(float inverse, uint8_t* tile, int panels
 // Calls use(length) in one of the kThreads neighbouring threads that share a row of a tile, the one with part 0.
 template <class Element, int kPanels, int kThreads, class Use>
 __device__ inline void measure(uint8_t* tile, int row, int part, Use use) {
-  constexpr int kPieces = 8 / kThreads, kAtOnce = 4;  // pieces of a panel
+  constexpr int kPieces = 8 / kThreads, kAtOnce = 4;  // pieces of a panel, for a thread
   static_assert(kPieces % kAtOnce == 0);
   const uint32_t base = shared_address(tile) + piece_offset(row, part * kPieces);
   float sums[4] = {};

@@ -304,11 +304,12 @@ def _tile(k: Tensor, v: Tensor) -> tuple[int, int]:
     """Tile of the state, of k's width and v's, that a block owns: `tile_of` of csrc/variants.h."""
     if k.dtype == torch.float32:
         return FLOAT32_TILE
-    if max(k.shape[3], v.shape[3]) <= 64:
+    d, e = k.shape[3], v.shape[3]
+    if max(d, e) <= 64:
         return 64, 64
-    if k.shape[3] <= 128:
+    if d <= 128:
         return 128, 128
-    return (192, 64) if -(-k.shape[3] // 192) == -(-k.shape[3] // 256) else (256, 64)
+    return (192, 64) if -(-d // 192) == -(-d // 256) else (256, 64)
 
 
 def _parts(tile: tuple[int, int], k: Tensor, v: Tensor) -> tuple[int, int]:

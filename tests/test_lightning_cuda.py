@@ -44,9 +44,8 @@ CASES = [
     *(Case(Gk=a, Gv=b, D=64, E=128) for a, b in ((1, 1), (2, 2), (1, 4), (4, 2))),
     *(Case(qk_norm=True, D=d, E=64, Gk=2, Gv=1) for d in (40, 64, 128, 136, 200, 264)),
     *(Case(layout=layout, D=64, E=32) for layout in ("transposed", "projection", "columns")),
-    *(
-        Case(qk_norm=True, D=d, E=e) for d, e in ((128, 256), (64, 264), (136, 192), (200, 136), (256, 264))
-    ),  # three passes
+    # Three passes backward.
+    *(Case(qk_norm=True, D=d, E=e) for d, e in ((128, 256), (64, 264), (136, 192), (200, 136), (256, 264))),
     Case(layout="projection", qk_norm=True, Gk=1, Gv=2, D=128, E=128),
     Case(state=False, D=64, E=64),
     packed(0, 130, D=64, E=64),
