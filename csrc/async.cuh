@@ -41,6 +41,23 @@ struct Barrier {
   }
 };
 
+// Parity of the phase that a barrier of `count` is in at a step.
+__device__ inline int parity(int step, int count) { return step / count & 1; }
+
+// Lanes that arrive for a warp. One is enough, but `compute-sanitizer --tool racecheck` does not know that it speaks
+// for the others: for its sake all do.
+#ifdef ALL_LANES_ARRIVE
+constexpr int kArriving = 32;
+#else
+constexpr int kArriving = 1;
+#endif
+
+// Arrives for a warp, after all its lanes.
+__device__ inline void arrive_as_warp(Barrier& barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 < kArriving) barrier.arrive();
+}
+
 // Makes initialised barriers visible to the copy engine.
 __device__ inline void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
@@ -50,6 +67,16 @@ __device__ inline void fence_for_async() { asm volatile("fence.proxy.async.share
 // Barrier 1 to 15 among the `threads` threads that call it.
 __device__ inline void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// The same; whether `found` holds for any of them.
+__device__ inline bool any_of_threads(int barrier, int threads, bool found) {
+  int any;
+  asm volatile("{ .reg .pred p, q; setp.ne.s32 p, %1, 0; barrier.cta.red.or.pred q, %2, %3, p; selp.s32 %0, 1, 0, q; }"
+               : "=r"(any)
+               : "r"(int(found)), "r"(barrier), "r"(threads)
+               : "memory");
+  return any;
 }
 
 // Registers of each thread of a warpgroup from here on; kFirst is what it has. More of them must be free in the block,
@@ -84,6 +111,10 @@ __device__ inline void store_box(const CUtensorMap& map, const void* from, Keep 
       "l"(uint64_t(keep))
       : "memory");
 }
-// Of this thread's stores: begins to count them, and waits until shared memory has been read.
+// Of this thread's stores: begins to count them, and waits until shared memory has been read, by all of them or all
+// but the last groups.
 __device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-__device__ inline void wait_for_stores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+template <int kLeft = 0>
+__device__ inline void wait_for_stores() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kLeft) : "memory");
+}

@@ -150,10 +150,7 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
             const std::optional<Tensor>& table, const std::optional<Tensor>& chain, const std::optional<Tensor>& counts,
             const Tensor& out, const std::optional<Tensor>& out_of_k, const std::optional<Tensor>& final,
             int64_t segment_length, bool reverse, int64_t norm) {
-  const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
-  // The guard does nothing where the device is this thread's already, as the first one is of a new thread; but maps are
-  // made by the driver, which needs the context that this call makes.
-  check_cuda(cudaSetDevice(k.get_device_index()));
+  const GuardForMaps guard(k.get_device_index());
   check_two_bytes(k, true);
   const Tile tile = tile_of(k.size(3), v.size(3));
   PassParams p{};

@@ -25,23 +25,6 @@ struct Operands {
   }
 };
 
-// Where a thread of an output warpgroup stands: it holds two rows, tokens `row` and 8 later, of scores and outputs, and
-// from column `pair` on two of every 8 columns. Asked for where it is used: else the compiler keeps all that follows.
-struct Lane {
-  int thread, lane, row, pair;
-  __device__ Lane() {
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    thread %= kWarpgroup;
-    lane = thread % 32;
-    row = thread / 32 * 16 + lane / 4;
-    pair = 2 * (lane % 4);
-  }
-  // Where this lane's row of the blocks lies that a warp loads or stores together, 16 rows of 16 columns of a panel.
-  __device__ int block(int of_panel) const {
-    return piece_offset(row - lane / 4 + lane % 16, of_panel * 2 + lane / 16);
-  }
-};
-
 // What an output warpgroup does.
 template <class V>
 struct OutputMaker {

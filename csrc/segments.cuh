@@ -11,8 +11,9 @@ struct Work {
   bool valid;        // whether cu_seqlens rises from 0 to T
 };
 
-// Segment `slot`; false where the list is shorter.
-__device__ inline bool find_work(const PassParams& p, int slot, Work& work) {
+// Segment `slot`, of PassParams or Pieces; false where the list is shorter.
+template <class Params>
+__device__ bool find_work(const Params& p, int slot, Work& work) {
   bool begins, ends;
   if (p.table != nullptr) {
     const Segment s = p.table[slot];

@@ -1,8 +1,9 @@
 // Tensors of PyTorch as kernels are told of them, each checked: strides, states, maps for the copy engine. For
-// `binding.cpp` alone.
+// the bindings alone.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -15,22 +16,28 @@
 
 #include "params.h"
 
-namespace {
-
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 #define CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
 
-void check_cuda(cudaError_t error) { CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); }
+inline void check_cuda(cudaError_t error) { CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); }
 
-cudaStream_t stream_of(const Tensor& x) {
+// The guard alone does nothing where the device is this thread's already, as the first one is of a new thread; but maps
+// are made by the driver, which needs the context that the other call makes.
+namespace {
+struct GuardForMaps : torch::stable::accelerator::DeviceGuard {
+  explicit GuardForMaps(int device) : DeviceGuard(device) { check_cuda(cudaSetDevice(device)); }
+};
+}  // namespace
+
+inline cudaStream_t stream_of(const Tensor& x) {
   void* stream = nullptr;
   CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == 0, "no current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
 
-ElementType element_type(const Tensor& x, const char* name) {
+inline ElementType element_type(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
       return ElementType::kFloat32;
@@ -44,7 +51,7 @@ ElementType element_type(const Tensor& x, const char* name) {
   return ElementType::kFloat32;
 }
 
-void check_shape(const Tensor& x, const char* name, std::initializer_list<int64_t> expected) {
+inline void check_shape(const Tensor& x, const char* name, std::initializer_list<int64_t> expected) {
   bool same = x.dim() == int64_t(expected.size());
   int dim = 0;
   for (const int64_t size : expected) same = same && x.size(dim++) == size;
@@ -54,7 +61,7 @@ void check_shape(const Tensor& x, const char* name, std::initializer_list<int64_
   CHECK(same, name, ": expected shape ", wanted, "got ", got);
 }
 
-void check_same(const Tensor& x, const char* name, ScalarType type, const Tensor& like) {
+inline void check_same(const Tensor& x, const char* name, ScalarType type, const Tensor& like) {
   CHECK(x.scalar_type() == type, name, ": expected ",
         type == ScalarType::Float ? "float32"
         : type == ScalarType::Int ? "int32"
@@ -62,12 +69,12 @@ void check_same(const Tensor& x, const char* name, ScalarType type, const Tensor
   CHECK(x.is_cuda() && x.get_device_index() == like.get_device_index(), name, ": expected on the device of the others");
 }
 
-void check_heads(const Tensor& x, const char* name, int64_t query_heads) {
+inline void check_heads(const Tensor& x, const char* name, int64_t query_heads) {
   CHECK(x.size(1) > 0 && query_heads % x.size(1) == 0, name, ": expected heads that divide ", query_heads, ", got ",
         x.size(1));
 }
 
-const float* log_decay_of(const std::optional<Tensor>& log_decay, const Tensor& like, int64_t heads) {
+inline const float* log_decay_of(const std::optional<Tensor>& log_decay, const Tensor& like, int64_t heads) {
   if (!log_decay) return nullptr;
   check_same(*log_decay, "log_decay", ScalarType::Float, like);
   check_shape(*log_decay, "log_decay", {heads});
@@ -75,7 +82,7 @@ const float* log_decay_of(const std::optional<Tensor>& log_decay, const Tensor& 
   return static_cast<const float*>(log_decay->data_ptr());
 }
 
-decltype(&cuTensorMapEncodeTiled) find_encode() {
+inline decltype(&cuTensorMapEncodeTiled) find_encode() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
   check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
@@ -84,8 +91,8 @@ decltype(&cuTensorMapEncodeTiled) find_encode() {
 }
 
 // A map of 5 dims, of whose last 4 strides are given, in bytes.
-CUtensorMap encode(const char* name, void* data, CUtensorMapDataType type, const cuuint64_t (&sizes)[5],
-                   const cuuint64_t (&strides)[4], const cuuint32_t (&box)[5], CUtensorMapSwizzle swizzle) {
+inline CUtensorMap encode(const char* name, void* data, CUtensorMapDataType type, const cuuint64_t (&sizes)[5],
+                          const cuuint64_t (&strides)[4], const cuuint32_t (&box)[5], CUtensorMapSwizzle swizzle) {
   static const auto function = find_encode();
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
@@ -98,7 +105,7 @@ CUtensorMap encode(const char* name, void* data, CUtensorMapDataType type, const
 // A (B, heads, T, width) tensor for the copy engine, in boxes of 64 tokens and the panels of a tile `columns` wide, or
 // of one panel where a panel would end beyond the tensor's width. A dim that is expanded has one entry: `batch` becomes
 // 0, and `group` all query heads.
-TiledTensor tiled(const Tensor& x, const char* name, int64_t query_heads, int columns) {
+inline TiledTensor tiled(const Tensor& x, const char* name, int64_t query_heads, int columns) {
   CHECK(x.dim() == 4, name, ": expected 4 dims, got ", x.dim());
   CHECK(x.size(3) % 8 == 0 && x.size(3) > 0, name, ": expected a width that 8 divides, got ", x.size(3));
   CHECK(x.stride(3) == 1, name, ": expected the last dim contiguous");
@@ -125,7 +132,7 @@ TiledTensor tiled(const Tensor& x, const char* name, int64_t query_heads, int co
 }
 
 // Lengths (B, heads, T or a few more), `at_once` of them.
-CUtensorMap tiled_lengths(const Tensor& x, const char* name, int tokens, cuuint32_t at_once) {
+inline CUtensorMap tiled_lengths(const Tensor& x, const char* name, int tokens, cuuint32_t at_once) {
   const cuuint64_t row = x.size(2) * 4, heads = x.size(1);
   return encode(name, x.data_ptr(), CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
                 {cuuint64_t(tokens), 1, 1, heads, cuuint64_t(x.size(0))}, {row, row, row, row * heads},
@@ -133,19 +140,17 @@ CUtensorMap tiled_lengths(const Tensor& x, const char* name, int tokens, cuuint3
 }
 
 // The same for the kernels that read memory by themselves.
-View view_of(const Tensor& x, const char* name, int64_t query_heads) {
+inline View view_of(const Tensor& x, const char* name, int64_t query_heads) {
   CHECK(x.dim() == 4 && x.stride(3) == 1, name, ": expected 4 dims, the last one contiguous");
   check_heads(x, name, query_heads);
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), int(query_heads / x.size(1))};
 }
 
 // `rows`: sequences, at least.
-float* state_of(const Tensor& x, const char* name, const Tensor& like, int64_t rows, int64_t heads, int64_t d,
-                int64_t e, StateStrides* strides) {
+inline float* state_of(const Tensor& x, const char* name, const Tensor& like, int64_t rows, int64_t heads, int64_t d,
+                       int64_t e, StateStrides* strides) {
   check_same(x, name, ScalarType::Float, like);
   check_shape(x, name, {std::max(x.size(0), rows), heads, d, e});
   *strides = {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
   return static_cast<float*>(x.data_ptr());
 }
-
-}  // namespace

@@ -11,10 +11,29 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-constexpr int kPanel = 64;      // columns
-constexpr int kPanelRow = 128;  // bytes
+constexpr int kPanel = 64;                   // columns
+constexpr int kPanelRow = 128;               // bytes
+constexpr int kPanelBytes = 64 * kPanelRow;  // of 64 rows
+constexpr int kWarpgroup = 128;              // threads
 
 __device__ inline int piece_offset(int row, int piece) { return row * kPanelRow + ((piece ^ (row & 7)) << 4); }
+
+// Where a thread of a warpgroup stands: it holds two rows, `row` and 8 later, of the result of a product, and from
+// column `pair` on two of every 8 columns. Asked for where it is used: else the compiler keeps all that follows.
+struct Lane {
+  int thread, lane, row, pair;
+  __device__ Lane() {
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    thread %= kWarpgroup;
+    lane = thread % 32;
+    row = thread / 32 * 16 + lane / 4;
+    pair = 2 * (lane % 4);
+  }
+  // Where this lane's row of the blocks lies that a warp loads or stores together, 16 rows of 16 columns of a panel.
+  __device__ int block(int of_panel) const {
+    return piece_offset(row - lane / 4 + lane % 16, of_panel * 2 + lane / 16);
+  }
+};
 
 template <class Element>
 __device__ inline uint32_t pack(float low, float high) {

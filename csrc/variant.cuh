@@ -6,10 +6,8 @@
 #include "segments.cuh"
 #include "tile.cuh"
 
-constexpr int kChunk = 64;       // tokens
-constexpr int kWarpgroup = 128;  // threads
+constexpr int kChunk = kPanel;   // tokens
 constexpr int kInspecting = 64;  // threads
-constexpr int kPanelBytes = kChunk * kPanelRow;
 
 // One compiled kernel. kD, kE: tile of the state.
 template <class Element_, int kD_, int kE_, Norm kNorm_, Outputs kOutputs>
@@ -136,23 +134,6 @@ struct Stage {
   __device__ uint8_t* a() const { return V::kBoth ? x : v; }
   __device__ uint8_t* b() const { return V::kBoth ? q : k; }
 };
-
-// Parity of the phase that a barrier of `count` is in at a step.
-__device__ inline int parity(int step, int count) { return step / count & 1; }
-
-// Lanes that arrive for a warp. One is enough, but `compute-sanitizer --tool racecheck` does not know that it speaks
-// for the others: for its sake all do.
-#ifdef ALL_LANES_ARRIVE
-constexpr int kArriving = 32;
-#else
-constexpr int kArriving = 1;
-#endif
-
-// Arrives for a warp, after all its lanes.
-__device__ inline void arrive_as_warp(Barrier& barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 < kArriving) barrier.arrive();
-}
 
 // Copies panels of a tile from memory; what lies outside of the tensor arrives as zeros.
 template <int kPanels>

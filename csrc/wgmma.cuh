@@ -44,18 +44,24 @@ __device__ inline uint64_t descriptor(uint32_t shared_address, uint32_t panel_by
 // clang-format off
 #define TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
 #define NAMES_64 TEN() TEN(1) TEN(2) "%30,%31"
-#define NAMES_128 TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60,%61,%62,%63"
+#define SIXTY TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5)
+#define NAMES_128 SIXTY "%60,%61,%62,%63"
+#define NAMES_192 SIXTY TEN(6) TEN(7) TEN(8) "%90,%91,%92,%93,%94,%95"
+#define NAMES_256 SIXTY TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11) \
+                  "%120,%121,%122,%123,%124,%125,%126,%127"
 #define EIGHT(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
                  "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define RESULT_64(i) EIGHT(i), EIGHT(i + 8), EIGHT(i + 16), EIGHT(i + 24)
 #define RESULT_128(i) RESULT_64(i), RESULT_64(i + 32)
+#define RESULT_192(i) RESULT_128(i), RESULT_64(i + 64)
+#define RESULT_256(i) RESULT_128(i), RESULT_128(i + 64)
 
-// A and b in shared memory: their descriptors, whether to add, and b's transposition follow the result as %A to %D.
-#define WGMMA_SHARED(N, TYPE, A, B, C, D)                                                                   \
+// A and b in shared memory: their descriptors, whether to add, and their transposition follow the result as %A to %E.
+#define WGMMA_SHARED(N, TYPE, A, B, C, D, E)                                                                \
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #C ", 0; "                                                \
                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NAMES_##N "}, "         \
-               "%" #A ", %" #B ", p, 1, 1, 0, %" #D "; }"                                                   \
-               : RESULT_##N(0) : "l"(a), "l"(b), "r"(add), "n"(kTransposeB))
+               "%" #A ", %" #B ", p, 1, 1, %" #D ", %" #E "; }"                                             \
+               : RESULT_##N(0) : "l"(a), "l"(b), "r"(add), "n"(kTransposeA), "n"(kTransposeB))
 // The same with a in four registers, %A1 to %A4.
 #define WGMMA_REGISTERS(N, TYPE, A1, A2, A3, A4, B, C, D)                                                   \
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #C ", 0; "                                                \
@@ -70,24 +76,32 @@ __device__ inline uint64_t descriptor(uint32_t shared_address, uint32_t panel_by
     MACRO(N, "f16", __VA_ARGS__)
 // clang-format on
 
-// d (64 × N) = a b, or d + a b if `add`. Rows of a lie along K, and those of b, or with kTransposeB across it.
-template <class Element, int N, int kTransposeB>
+// d (64 × N) = a b, or d + a b if `add`. Rows of a lie along K, or with kTransposeA across it; columns of b likewise.
+template <class Element, int N, int kTransposeB, int kTransposeA = 0>
 __device__ inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int add) {
-  static_assert(N == 64 || N == 128);
+  static_assert(N == 64 || N == 128 || N == 192 || N == 256);
   if constexpr (N == 64) {
-    BY_TYPE(WGMMA_SHARED, 64, 32, 33, 34, 35);
+    BY_TYPE(WGMMA_SHARED, 64, 32, 33, 34, 35, 36);
+  } else if constexpr (N == 128) {
+    BY_TYPE(WGMMA_SHARED, 128, 64, 65, 66, 67, 68);
+  } else if constexpr (N == 192) {
+    BY_TYPE(WGMMA_SHARED, 192, 96, 97, 98, 99, 100);
   } else {
-    BY_TYPE(WGMMA_SHARED, 128, 64, 65, 66, 67);
+    BY_TYPE(WGMMA_SHARED, 256, 128, 129, 130, 131, 132);
   }
 }
 
 // The same with a in registers.
 template <class Element, int N, int kTransposeB>
 __device__ inline void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int add) {
-  static_assert(N == 64 || N == 128);
+  static_assert(N == 64 || N == 128 || N == 192 || N == 256);
   if constexpr (N == 64) {
     BY_TYPE(WGMMA_REGISTERS, 64, 32, 33, 34, 35, 36, 37, 38);
-  } else {
+  } else if constexpr (N == 128) {
     BY_TYPE(WGMMA_REGISTERS, 128, 64, 65, 66, 67, 68, 69, 70);
+  } else if constexpr (N == 192) {
+    BY_TYPE(WGMMA_REGISTERS, 192, 96, 97, 98, 99, 100, 101, 102);
+  } else {
+    BY_TYPE(WGMMA_REGISTERS, 256, 128, 129, 130, 131, 132, 133, 134);
   }
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 from .chunkwise import backward as chunkwise_backward
 from .chunkwise import forward as chunkwise_forward
 from .decay import step_factors
-from .lightning_cuda import Lengths, empty_lengths
+from .lightning_cuda import as_kept, empty_kept
 from .lightning_cuda import backward as cuda_backward
 from .lightning_cuda import decay_gradient as cuda_decay_gradient
 from .lightning_cuda import forward as cuda_forward
@@ -133,19 +133,19 @@ def _forward(
     with_state: bool,
     kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o, the final state, and what the kernels keep of lengths for the backward pass.
+    """o, the final state, and what the kernels keep for the backward pass.
 
     What there is not is an empty tensor: an operator's results can't be optional.
     """
     arguments = q, k, v, log_decay, initial_state, cu_seqlens, qk_norm
-    lengths = empty_lengths(q, k, v, qk_norm) if kernels else None
+    kept = empty_kept(q, k, v, qk_norm) if kernels else None
     with no_autocast(q):
         if kernels and _has_elements(q, v):
-            o, state = cuda_forward(*arguments, with_state, lengths)
+            o, state = cuda_forward(*arguments, with_state, kept)
         else:
             o, state = chunkwise_forward(*arguments)
-    of_q, of_k = lengths or (_nothing(q), _nothing(q))
-    return o, state if with_state and state is not None else _nothing(q), of_q, of_k
+    state = state if with_state and state is not None else _nothing(q)
+    return o, state, *(kept or (_nothing(q), _nothing(q)))
 
 
 def _nothing(q: Tensor) -> Tensor:
@@ -154,13 +154,12 @@ def _nothing(q: Tensor) -> Tensor:
 
 @_forward.register_fake
 def _(q, k, v, log_decay, initial_state, cu_seqlens, qk_norm, with_state, kernels):  # type: ignore[no-untyped-def]
-    state, of_q, of_k = (_nothing(q) for _ in range(3))
+    state = _nothing(q)
     if with_state:
         sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         state = state.new_empty((sequences, q.shape[1], q.shape[3], v.shape[3]))
-    if kernels:
-        of_q, of_k = empty_lengths(q, k, v, qk_norm) or (of_q, of_k)
-    return v.new_empty((*q.shape[:3], v.shape[3])), state, of_q, of_k
+    kept = empty_kept(q, k, v, qk_norm) if kernels else None
+    return v.new_empty((*q.shape[:3], v.shape[3])), state, *(kept or (_nothing(q), _nothing(q)))
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::attention_backward", mutates_args=())
@@ -173,8 +172,8 @@ def _backward(
     log_decay: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    of_q: Tensor,
-    of_k: Tensor,
+    kept_1: Tensor,
+    kept_2: Tensor,
     qk_norm: bool,
     decay_grad: bool,
     kernels: bool,
@@ -184,8 +183,8 @@ def _backward(
     grad_decay, grad_initial = None, None
     with no_autocast(q):
         if kernels and _has_elements(q, v):
-            lengths = Lengths(of_q, of_k) if of_q.numel() > 0 else None
-            dq, dk, dv, grad_initial = cuda_backward(grad_o, grad_state, *arguments, lengths)
+            kept = as_kept(q, v, kept_1, kept_2)
+            dq, dk, dv, grad_initial = cuda_backward(grad_o, grad_state, *arguments, kept)
             if decay_grad and log_decay is not None:
                 grad_decay = cuda_decay_gradient(
                     grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, qk_norm
@@ -209,7 +208,7 @@ def _has_elements(q: Tensor, v: Tensor) -> bool:
 
 
 @_backward.register_fake
-def _(grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, of_q, of_k, qk_norm, decay_grad, kernels):  # type: ignore[no-untyped-def]
+def _(grad_o, grad_state, q, k, v, log_decay, initial_state, cu_seqlens, kept_1, kept_2, qk_norm, decay_grad, kernels):  # type: ignore[no-untyped-def]
     grads = (x.new_empty(x.shape) for x in (q, k, v))
     grad_decay = _nothing(q) if log_decay is None or not decay_grad else _nothing(q).new_empty(q.shape[1])
     return *grads, grad_decay, _nothing(q) if initial_state is None else initial_state.new_empty(initial_state.shape)

@@ -16,21 +16,16 @@ import warnings
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from . import lightning_wide
+from .kernels import Segments, cut, for_kernel, multiprocessors, padded_state, rows_contiguous, sum_groups, unit_length
+from .lightning_wide import Prepared
 
 MAX_WIDTH = 1024
 CHUNK = 64  # tokens; kChunk of csrc/variant.cuh
 FLOAT32_TILE = 128, 64  # kFloat32Tile of csrc/variants.h
 NO_NORM, NORM_MEASURED, NORM_KEPT, NORM_VALUES = range(4)  # Norm of csrc/params.h
-
-
-class Segments(NamedTuple):
-    """How sequences are cut so that all multiprocessors have work."""
-
-    length: int  # tokens of a segment, a multiple of `CHUNK`
-    number: int  # of segments of a row of the batch
-    table: Tensor | None  # of packed sequences: (segments + 1, 4) int32, Segment of csrc/params.h
 
 
 class Lengths(NamedTuple):
@@ -72,12 +67,21 @@ def _library_unavailable_reason(device: int) -> str | None:
     return reason
 
 
-def empty_lengths(q: Tensor, k: Tensor, v: Tensor, qk_norm: bool) -> Lengths | None:
-    """Room for lengths, or None where the backward pass does not divide by them itself."""
+def empty_kept(q: Tensor, k: Tensor, v: Tensor, qk_norm: bool) -> Lengths | Prepared | None:
+    """Room for what the forward pass leaves to the backward pass, if anything."""
+    if lightning_wide.is_wide(q, v):
+        return lightning_wide.empty_prepared(q, v)
     alike = max(q.shape[3], v.shape[3]) <= 128 or min(q.shape[3], v.shape[3]) > 128
     if not (qk_norm and _norm_in_kernel(q) and alike):
         return None
     return Lengths(*(x.new_empty((*x.shape[:2], -(-x.shape[2] // 4) * 4), dtype=torch.float32) for x in (q, k)))
+
+
+def as_kept(q: Tensor, v: Tensor, first: Tensor, second: Tensor) -> Lengths | Prepared | None:
+    """The same, of two tensors that it became."""
+    if first.numel() == 0:
+        return None
+    return Prepared(first, second) if lightning_wide.is_wide(q, v) else Lengths(first, second)
 
 
 def forward(
@@ -89,25 +93,28 @@ def forward(
     cu_seqlens: Tensor | None,
     qk_norm: bool,
     with_state: bool,
-    lengths: Lengths | None,
+    kept: Lengths | Prepared | None,
 ) -> tuple[Tensor, Tensor | None]:
     """o (B, H, T, E) in v's type and the final state (sequences, H, D, E) if asked for; see `lightning_attention`.
 
-    `lengths` are those of `empty_lengths`, which this fills for `backward`.
+    `kept` is that of `empty_kept`, which this fills for `backward`.
     """
     widths = q.shape[3], v.shape[3]
     if qk_norm and not _norm_in_kernel(q):
-        q, k, qk_norm = _unit_length(q), _unit_length(k), False
-    q, k, v = (_for_kernel(x) for x in (q, k, v))
+        q, k, qk_norm = unit_length(q), unit_length(k), False
+    q, k, v = (for_kernel(x) for x in (q, k, v))
     if initial_state is not None:
-        initial_state = _padded_state(initial_state, q, v)
+        initial_state = padded_state(initial_state, q, v)
     final = None
     if with_state:
         sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         final = q.new_empty((sequences, q.shape[1], q.shape[3], v.shape[3]), dtype=torch.float32)
-    norm = NORM_MEASURED if qk_norm else NO_NORM
-    common = q.shape[1], log_decay, cu_seqlens, initial_state
-    o = _attend(q, k, v, *common, final=final, norm=norm, lengths=lengths or (None, None))
+    if isinstance(kept, Prepared):
+        o = lightning_wide.forward(q, k, v, log_decay, initial_state, cu_seqlens, final, kept)
+    else:
+        norm = NORM_MEASURED if qk_norm else NO_NORM
+        common = q.shape[1], log_decay, cu_seqlens, initial_state
+        o = _attend(q, k, v, *common, final=final, norm=norm, lengths=kept or (None, None))
     if final is not None:
         final = final[..., : widths[0], : widths[1]].contiguous()
     return o[..., : widths[1]].contiguous(), final
@@ -123,28 +130,34 @@ def backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     qk_norm: bool,
-    lengths: Lengths | None,
+    kept: Lengths | Prepared | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and the initial state; `grad_state` None means zeros, `lengths` come from `forward`."""
-    d, e, wide_q, wide_k = q.shape[3], v.shape[3], q, k
+    """Gradients of q, k, v and the initial state; `grad_state` None means zeros, `kept` comes from `forward`."""
+    d, e, given_q, given_k = q.shape[3], v.shape[3], q, k
+    lengths = kept if isinstance(kept, Lengths) else None
     if qk_norm and lengths is None:
-        q, k = _unit_length(q), _unit_length(k)
-    do, q, k, v = (_for_kernel(x) for x in (grad_o, q, k, v))
+        q, k = unit_length(q), unit_length(k)
+    do, q, k, v = (for_kernel(x) for x in (grad_o, q, k, v))
     grad_initial = None
     if initial_state is not None:
-        initial_state = _padded_state(initial_state, q, v)
+        initial_state = padded_state(initial_state, q, v)
         grad_initial = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
     if grad_state is not None:
-        grad_state = _padded_state(grad_state, q, v)
+        grad_state = padded_state(grad_state, q, v)
     heads = q.shape[1]
-    of_q, of_k = kept = lengths or (None, None)
+    of_q, of_k = lengths or (None, None)
     of_vectors, of_values = (NO_NORM, NO_NORM) if lengths is None else (NORM_KEPT, NORM_VALUES)
     common = heads, log_decay, cu_seqlens
 
     start = None if initial_state is None else initial_state.mT
-    if k.dtype != torch.float32 and max(k.shape[3], v.shape[3]) <= 128:
+    taken_through = False
+    if isinstance(kept, Prepared):
+        dq, dk, dv = lightning_wide.backward(
+            do, grad_state, grad_initial, q, k, v, log_decay, initial_state, cu_seqlens, kept
+        )
+    elif k.dtype != torch.float32 and max(k.shape[3], v.shape[3]) <= 128:
         through = None if lengths is None else q
-        dq = _attend(do, v, k, *common, start, norm=of_values, through=through, lengths=kept)
+        dq = _attend(do, v, k, *common, start, norm=of_values, through=through, lengths=(of_q, of_k))
         dk, dv = _gradients_of_both(
             do, grad_state, grad_initial, q, k, v, log_decay, cu_seqlens, norm=of_vectors, lengths=(of_k, of_q)
         )
@@ -156,12 +169,11 @@ def backward(
         )
         start = None if grad_state is None else grad_state.mT
         dk = _attend(v, do, q, *common, start, reverse=True, norm=of_values, lengths=(None, of_q))
-        taken_through = False
-    dk, dv = _sum_groups(dk, k.shape[1]), _sum_groups(dv, v.shape[1])
+    dk, dv = sum_groups(dk, k.shape[1]), sum_groups(dv, v.shape[1])
 
     dq, dk, dv = (x[..., :width] for x, width in ((dq, d), (dk, d), (dv, e)))
     if qk_norm and not taken_through:
-        dq, dk = _unit_length(wide_q, dq), _unit_length(wide_k, dk)
+        dq, dk = unit_length(given_q, dq), unit_length(given_k, dk)
     if grad_initial is not None:
         grad_initial = grad_initial[..., :d, :e].contiguous()
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), grad_initial
@@ -180,9 +192,9 @@ def decay_gradient(
 ) -> Tensor:
     """Gradient of log_decay, (H,): one more pass, whose output is the derivative of o by log λ."""
     if qk_norm:
-        q, k = _unit_length(q), _unit_length(k)
-    q, k, v, grad_o = (_rows_contiguous(x) for x in (q, k, v, grad_o))
-    segments = _cut(q, -(-q.shape[2] // CHUNK) * CHUNK, q.shape[2], cu_seqlens)
+        q, k = unit_length(q), unit_length(k)
+    q, k, v, grad_o = (rows_contiguous(x) for x in (q, k, v, grad_o))
+    segments = cut(q, -(-q.shape[2] // CHUNK) * CHUNK, q.shape[2], cu_seqlens)
     slots = q.shape[0] if segments.table is None else len(segments.table) - 1
     parts_of_d, parts_of_e = _parts(FLOAT32_TILE, q, v)
     parts = q.new_zeros((slots, q.shape[1], parts_of_d * parts_of_e), dtype=torch.float32)
@@ -195,7 +207,7 @@ def decay_gradient(
 def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
     """One token; updates the state (B, H, D, E), contiguous float32, in place and returns o (B, H, 1, E)."""
     o = v.new_empty((*q.shape[:3], v.shape[3]))
-    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
     torch.ops.transnormer_kernels.step(q, k, v, log_decay, state, o)
     return o
 
@@ -291,13 +303,8 @@ def _segments(k: Tensor, v: Tensor, heads: int, cu_seqlens: Tensor | None) -> Se
     """Cut the sequences of a pass so that its blocks fill the GPU."""
     tile = _tile(k, v)
     chains = k.shape[0] * heads * math.prod(_parts(tile, k, v))
-    slots = _multiprocessors(k.device) * (2 if tile == FLOAT32_TILE else 1)
-    return _cut(k, *_segment_length(chains, k.shape[2], slots), cu_seqlens)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    slots = multiprocessors(k.device) * (2 if tile == FLOAT32_TILE else 1)
+    return cut(k, *_segment_length(chains, k.shape[2], slots), cu_seqlens)
 
 
 def _tile(k: Tensor, v: Tensor) -> tuple[int, int]:
@@ -315,16 +322,6 @@ def _tile(k: Tensor, v: Tensor) -> tuple[int, int]:
 def _parts(tile: tuple[int, int], k: Tensor, v: Tensor) -> tuple[int, int]:
     """Tiles along k's width and along v's."""
     return -(-k.shape[3] // tile[0]), -(-v.shape[3] // tile[1])
-
-
-def _cut(q: Tensor, length: int, whole: int, cu_seqlens: Tensor | None) -> Segments:
-    """Segments of `length` tokens; packed sequences stay whole if none is longer than `whole`."""
-    number = -(-q.shape[2] // length)
-    if cu_seqlens is None:
-        return Segments(length, number, None)
-    table = torch.empty((number + len(cu_seqlens), 4), dtype=torch.int32, device=q.device)
-    torch.ops.transnormer_kernels.plan(cu_seqlens.contiguous(), q.shape[2], length, whole, table)
-    return Segments(length, number, table)
 
 
 CUT = 1.7  # what a token of a cut sequence costs, of which keys and values are read twice, against one of a whole one
@@ -351,22 +348,6 @@ def _segment_length(chains: int, tokens: int, slots: int) -> tuple[int, int]:
     return best, int(walked(best))
 
 
-def _sum_groups(x: Tensor, groups: int) -> Tensor:
-    """As `sum_groups` of `numerics`, of a contiguous x."""
-    if x.shape[1] == groups:
-        return x
-    out = x.new_empty((x.shape[0], groups, *x.shape[2:]))
-    torch.ops.transnormer_kernels.combine(x.unflatten(1, (groups, -1)), 2, out)
-    return out
-
-
-def _unit_length(x: Tensor, grad: Tensor | None = None) -> Tensor:
-    """x / |x|, or what its gradient is to x; as `unit_length` and `unit_length_backward` of `numerics`."""
-    x, out = _rows_contiguous(x), torch.empty_like(x, memory_format=torch.contiguous_format)
-    torch.ops.transnormer_kernels.unit_length(x, None if grad is None else _rows_contiguous(grad), out)
-    return out
-
-
 def _norm_in_kernel(q: Tensor) -> bool:
     """Whether the forward pass divides q and k by their lengths: its blocks see whole vectors."""
     return q.dtype != torch.float32 and q.shape[3] <= 256
@@ -375,38 +356,3 @@ def _norm_in_kernel(q: Tensor) -> bool:
 def _exact() -> bool:
     """Whether products of float32 are to be as exact as it is, or may be tf32."""
     return torch.get_float32_matmul_precision() == "highest"
-
-
-def _for_kernel(x: Tensor) -> Tensor:
-    """x as the copy engine takes it: rows adjacent, of whole 16 bytes, 16-byte aligned; else a copy of it."""
-    if x.dtype == torch.float32:
-        return _rows_contiguous(x)
-    if x.shape[3] % 8:
-        x = F.pad(x, (0, -x.shape[3] % 8))
-    whole = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and x.stride(2) != 0
-    if whole and all(x.stride(i) * x.element_size() % 16 == 0 for i in range(3) if x.shape[i] > 1):
-        return x
-    warn_of_copy()
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    """x, or a copy of it: to PyTorch a last dim of one entry is contiguous whatever its stride."""
-    return x if x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
-
-
-@functools.cache
-def warn_of_copy() -> None:
-    """Said once: the copy costs as much as a pass."""
-    warnings.warn(
-        "lightning_attention copies an argument whose rows are not contiguous, 16-byte aligned and a multiple of 16"
-        " bytes apart",
-        stacklevel=2,
-    )
-
-
-def _padded_state(state: Tensor, q: Tensor, v: Tensor) -> Tensor:
-    """A state (sequences, H, D, E) of the widths that q and v now have."""
-    if state.shape[2:] == (q.shape[3], v.shape[3]):
-        return state  # `pad` by nothing copies
-    return F.pad(state, (0, v.shape[3] - state.shape[3], 0, q.shape[3] - state.shape[2]))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ops import lightning_cuda
+from ops.kernels import unit_length
 
 from .benchmark_cases import FLOORS
 from .measure import Run, header, median_seconds
@@ -62,11 +63,11 @@ def measured(shape: Shape, repeats: int, device: torch.device) -> tuple[float, f
     v, do = (vectors(heads, False) for heads in (shared, shape.H))
     log_decay = -torch.rand(shape.H, device=device, generator=random) * 0.1
     bounds = None if shape.bounds is None else torch.tensor(shape.bounds, device=device, dtype=torch.int32)
-    lengths = lightning_cuda.empty_lengths(q, k, v, shape.qk_norm)
+    lengths = lightning_cuda.empty_kept(q, k, v, shape.qk_norm)
     rest = v, log_decay, None, bounds, shape.qk_norm
 
     def queries_and_keys() -> tuple[torch.Tensor, torch.Tensor]:
-        return (lightning_cuda._unit_length(q), lightning_cuda._unit_length(k)) if shape.outside else (q, k)
+        return (unit_length(q), unit_length(k)) if shape.outside else (q, k)
 
     kept = queries_and_keys()
 
@@ -79,8 +80,8 @@ def measured(shape: Shape, repeats: int, device: torch.device) -> tuple[float, f
     def backward() -> None:
         grads = lightning_cuda.backward(do, None, *(*kept, *rest), lengths)
         if shape.outside:
-            lightning_cuda._unit_length(q, grads[0])
-            lightning_cuda._unit_length(k, grads[1])
+            unit_length(q, grads[0])
+            unit_length(k, grads[1])
 
     return median(forward), median(backward)
 

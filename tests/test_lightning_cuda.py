@@ -21,9 +21,9 @@ from operator_cases import (
 )
 
 from ops import lightning_attention, lightning_attention_step, lightning_cuda
+from ops.kernels import cut, sum_groups, warn_of_copy
+from ops.kernels import unit_length as unit_length_by_kernel
 from ops.lightning_attention import _backward, _forward, cuda_unavailable_reason
-from ops.lightning_cuda import _cut as cut
-from ops.lightning_cuda import _unit_length as unit_length_by_kernel
 from ops.numerics import MIN_LENGTH, unit_length, unit_length_backward
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
@@ -388,11 +388,10 @@ def test_unit_length_and_sums_of_more_elements_than_32_bits_count(device: torch.
     late = x[:, -5:, -100:].contiguous()
     assert torch.equal(unit_length_by_kernel(x)[:, -5:, -100:], unit_length_by_kernel(late))
     assert torch.equal(unit_length_by_kernel(x, x)[:, -5:, -100:], unit_length_by_kernel(late, late))
-    assert torch.equal(lightning_cuda._sum_groups(x, 26)[:, -1:, -100:], lightning_cuda._sum_groups(late, 1))
+    assert torch.equal(sum_groups(x, 26)[:, -1:, -100:], sum_groups(late, 1))
 
 
 def test_an_argument_that_must_be_copied_is_mentioned_once(device: torch.device) -> None:
-    from ops.lightning_cuda import warn_of_copy
 
     warn_of_copy.cache_clear()
     x = torch.randn(1, 1, 20, 36, device=device, dtype=torch.bfloat16)[..., 1:33]

@@ -1,0 +1,242 @@
+// Large products for wide heads: what `wide_prepare.cuh` and `wide_outputs.cuh` share.
+//
+// One warp copies tiles to a ring of stages, 64 deep along the sum of the product, and two or three warpgroups multiply
+// them: 64 rows each, all columns. Every tile is boxes of 64 rows of 64 columns as the copy engine brings them,
+// whatever the dims of the product that lie along rows and columns: the tensor cores take either.
+#pragma once
+
+#include <climits>
+
+#include <math_constants.h>
+
+#include "async.cuh"
+#include "decay.cuh"
+#include "segments.cuh"
+#include "tile.cuh"
+#include "wgmma.cuh"
+#include "wide.h"
+
+template <class Element_, int kGroups_, int kN_>
+struct Wide {
+  using Element = Element_;
+  static constexpr int kGroups = kGroups_, kRows = 64 * kGroups;  // warpgroups that multiply
+  static constexpr int kN = kN_, kPanels = kN / kPanel;           // columns
+  static constexpr int kThreads = (kGroups + 1) * kWarpgroup, kConsumers = kGroups * kWarpgroup;
+  static constexpr int kStages = 4, kDepth = 64;
+  static constexpr int kStageBytes = (kGroups + kPanels) * kPanelBytes;
+  static constexpr int kStaging = kGroups == 2 ? 2 : 1;  // panels of results on their way to memory, of a warpgroup
+  static constexpr int kFirstRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : 152, kProducerRegisters = kGroups == 2 ? 40 : 56;
+};
+
+template <class T>
+struct alignas(1024) WideShared {
+  uint8_t stages[T::kStages][T::kStageBytes];  // the left tile, a box for each warpgroup, and the right one
+  uint8_t staging[T::kGroups][T::kStaging][kPanelBytes];
+  union {
+    alignas(8) float weights[kMostChunk];  // powers of λ, by token or by distance
+    int bad[T::kN];  // of each column, the token from which on it is not finite, in the direction of the pass
+  };
+  Barrier full[T::kStages], empty[T::kStages];
+};
+
+template <class T>
+__device__ void init_barriers(WideShared<T>& shared) {
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < T::kStages; ++stage) {
+      shared.full[stage].init(1);
+      shared.empty[stage].init(T::kGroups * kWarpgroup / 32 * kArriving);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+}
+
+// Head and row of the batch of a tensor.
+struct HeadOf {
+  const TiledTensor& tensor;
+  int head, row;
+  __device__ HeadOf(const TiledTensor& tensor, int head, int batch)
+      : tensor(tensor), head(head / tensor.group), row(batch * tensor.batch) {}
+};
+
+// log λ of a head, or NaN.
+__device__ inline float decay_of(const Work& work, const float* log_decay, int head) {
+  return work.valid ? log_decay_of(log_decay, head) : CUDART_NAN_F;
+}
+
+// The one thread that copies.
+template <class T>
+struct Producer {
+  WideShared<T>& shared;
+  int step = 0;
+
+  // Waits for the next stage, and says what comes.
+  __device__ int claim() {
+    const int stage = step % T::kStages;
+    if (step >= T::kStages) shared.empty[stage].wait(parity(step, T::kStages) ^ 1);
+    ++step;
+    shared.full[stage].arrive_expecting(T::kStageBytes);
+    return stage;
+  }
+  __device__ void box(int stage, int box, const HeadOf& from, int panel, int token) {
+    copy_box(shared.stages[stage] + box * kPanelBytes, from.tensor.map, shared.full[stage], Keep::kNormal,
+             from.tensor.corner(panel, token, from.head, from.row));
+  }
+  // The left tile: boxes side by side, or one below the other.
+  __device__ void left_across(int stage, const HeadOf& from, int panel, int token) {
+#pragma unroll
+    for (int i = 0; i < T::kGroups; ++i) box(stage, i, from, panel + i, token);
+  }
+  __device__ void left_down(int stage, const HeadOf& from, int panel, int token) {
+#pragma unroll
+    for (int i = 0; i < T::kGroups; ++i) box(stage, i, from, panel, token + i * 64);
+  }
+  // And the right one.
+  __device__ void right_across(int stage, const HeadOf& from, int panel, int token) {
+#pragma unroll
+    for (int i = 0; i < T::kPanels; ++i) box(stage, T::kGroups + i, from, panel + i, token);
+  }
+  __device__ void right_down(int stage, const HeadOf& from, int panel, int token) {
+#pragma unroll
+    for (int i = 0; i < T::kPanels; ++i) box(stage, T::kGroups + i, from, panel, token + i * 64);
+  }
+};
+
+// Which tokens a tile of results belongs to.
+struct RowsOf {
+  int token;   // the first
+  int n;       // how many there are
+  bool alone;  // whether what lies behind them belongs to others
+};
+
+// A thread of the warpgroups that multiply.
+template <class T>
+struct Consumer {
+  using Element = typename T::Element;
+  WideShared<T>& shared;
+  const int group;
+  int step = 0;
+  float acc[T::kN / 2];  // 64 × kN, as wgmma.cuh says
+
+  __device__ Consumer(WideShared<T>& shared, int group) : shared(shared), group(group) {}
+
+  __device__ uint32_t left(int stage) const { return shared_address(shared.stages[stage]) + group * kPanelBytes; }
+  __device__ uint32_t right(int stage) const { return shared_address(shared.stages[stage]) + T::kGroups * kPanelBytes; }
+  __device__ void release(int of_step) { arrive_as_warp(shared.empty[of_step % T::kStages]); }
+  __device__ void sync() { sync_threads(1, T::kConsumers); }
+
+  __device__ void clear() {
+#pragma unroll
+    for (float& x : acc) x = 0.f;
+  }
+  __device__ void scale(float above, float below) {
+#pragma unroll
+    for (int x = 0; x < T::kN / 2; ++x) acc[x] *= x / 2 % 2 ? below : above;
+  }
+
+  // Adds `count` stages to acc. kTransposeLeft, kTransposeRight: the tile's rows lie along the sum.
+  // look(i, stage) comes before the products of a stage.
+  template <int kTransposeLeft, int kTransposeRight, class Look>
+  __device__ void multiply(int count, Look look) {
+    for (int i = 0; i < count; ++i, ++step) {
+      const int stage = step % T::kStages;
+      shared.full[stage].wait(parity(step, T::kStages));
+      look(i, stage);
+      const uint32_t a = left(stage), b = right(stage);
+      wgmma_hold(acc);
+      wgmma_fence();
+#pragma unroll
+      for (int x = 0; x < T::kDepth / 16; ++x) {
+        constexpr int kAcross = 16 * kPanelRow, kAlong = 32;  // bytes to the next 16 of the sum
+        wgmma<Element, T::kN, kTransposeRight, kTransposeLeft>(
+            acc, descriptor(a + x * (kTransposeLeft ? kAcross : kAlong)),
+            kTransposeRight ? descriptor(b + x * kAcross, kPanelBytes) : descriptor(b + x * kAlong), 1);
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      wgmma_hold(acc);
+      release(step);
+    }
+  }
+
+  // Rows behind the end of a sequence belong to another one: times zero they could still be NaN. Boxes from `first` on.
+  __device__ void clear_rows(int stage, int first, int n) {
+    const uint32_t base = shared_address(shared.stages[stage]);
+    for (int x = first * 512 + int(threadIdx.x); x < (T::kGroups + T::kPanels) * 512; x += T::kConsumers)
+      if (x / 8 % 64 >= n) store_piece(base + x * 16, make_uint4(0, 0, 0, 0));
+    fence_for_async();
+    sync();
+  }
+
+  // To memory, panel by panel: by the copy engine, or row by row amid others. `rows` is the first of its rows there, of
+  // `width` columns; this warpgroup has those from group · 64 on.
+  __device__ void put_out(const HeadOf& to, int first_panel, int first_row, const RowsOf& of, void* rows, int width) {
+    const int n = of.n - group * 64;
+    if (n <= 0) return;
+    const bool by_rows = of.alone && n < 64;
+#pragma unroll
+    for (int panel = 0; panel < T::kPanels; ++panel) {
+      const Lane at;
+      const int column = (first_panel + panel) * kPanel;
+      if (column >= width) break;
+      uint8_t* staged = shared.staging[group][panel % T::kStaging];
+      if (at.thread == 0) wait_for_stores<T::kStaging - 1>();
+      sync_threads(2 + group, kWarpgroup);
+#pragma unroll
+      for (int x = 0; x < 4; ++x) {
+        const float* values = &acc[panel * 32 + x * 8];
+        store_blocks(shared_address(staged) + at.block(x),
+                     {pack<Element>(values[0], values[1]), pack<Element>(values[2], values[3]),
+                      pack<Element>(values[4], values[5]), pack<Element>(values[6], values[7])});
+      }
+      fence_for_async();
+      sync_threads(2 + group, kWarpgroup);
+      if (by_rows) {
+        for (int x = at.thread; x < n * 8; x += kWarpgroup) {
+          const int i = x / 8, piece = x % 8;
+          if (column + piece * 8 < width)
+            *reinterpret_cast<uint4*>(static_cast<Element*>(rows) + int64_t(group * 64 + i) * width + column +
+                                      piece * 8) = load_piece(shared_address(staged) + piece_offset(i, piece));
+        }
+        sync_threads(2 + group, kWarpgroup);
+      } else if (at.thread == 0) {
+        store_box(to.tensor.map, staged, Keep::kNormal,
+                  to.tensor.corner(first_panel + panel, first_row + group * 64, to.head, to.row));
+        commit_stores();
+      }
+    }
+  }
+};
+
+// Splits the block: produce() by one thread, consume(group) by the warpgroups that multiply.
+template <class T, class Produce, class Consume>
+__device__ void by_role(Produce produce, Consume consume) {
+  // By a shuffle, so that the compiler knows it to be the same for a warp.
+  const int group = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
+  if (group == T::kGroups) {
+    set_registers<T::kProducerRegisters, T::kFirstRegisters>();
+    if (threadIdx.x % kWarpgroup == 0) produce();
+  } else {
+    set_registers<T::kConsumerRegisters, T::kFirstRegisters>();
+    consume(group);
+    if (threadIdx.x % kWarpgroup == 0) wait_for_stores();
+  }
+}
+
+template <class T, class Kernel, class Params>
+cudaError_t launch_wide(Kernel kernel, const Params& p, int64_t blocks, cudaStream_t stream) {
+  constexpr int kBytes = sizeof(WideShared<T>);
+  static_assert(kBytes <= 227 * 1024);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<dim3(blocks), T::kThreads, kBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+// run(T), with the sizes of a tile.
+template <class Element, class Run>
+cudaError_t with_wide(WideTile tile, Run run) {
+  return tile.rows == kSquareTile.rows ? run(Wide<Element, kSquareTile.rows / 64, kSquareTile.columns>{})
+                                       : run(Wide<Element, kLongTile.rows / 64, kLongTile.columns>{});
+}

@@ -1,0 +1,209 @@
+// Outputs of wide heads from what `wide_prepare.cuh` made: equations (1) and (3) of README.md as products of tiles
+//
+//     o = r (q S) + P v        P the masked scores of a chunk
+//
+// and their like for gradients, with the transpose of S or P.
+#pragma once
+
+#include "wide.cuh"
+
+// A tile of one output: rows of a chunk.
+template <class T>
+struct OutputUnit {
+  Work work;
+  int output, head, row_tile, column_tile;
+  int first, n;             // row in the chunk, and how many there are from it on
+  int state;                // where the state lies that is read, or -1
+  bool initial;             // which is that of the sequence
+  int first_block, blocks;  // of 64 tokens, whose values scores weigh
+  bool used;
+
+  __device__ OutputUnit(const WideOutputParams& p, int64_t index) {
+    int per_head = 0;
+    for (int i = 0; i < p.number; ++i) per_head += p.outputs[i].tiles;
+    per_head *= p.row_tiles;
+    const int pair = index / per_head;  // chunk and head
+    int rest = index % per_head;
+    output = 0;
+    while (rest >= p.outputs[output].tiles * p.row_tiles) rest -= p.outputs[output++].tiles * p.row_tiles;
+    const WideOutput& of = p.outputs[output];
+    head = pair % p.heads;
+    column_tile = rest % of.tiles;
+    row_tile = (rest / of.tiles + pair) % p.row_tiles;  // so that no block gets all the longest ones
+    first = row_tile * T::kRows;
+    used = find_work(p.chunks, pair / p.heads, work) && first < work.length;
+    if (!used) return;
+    n = work.length - first;
+    const bool begins = of.reverse ? work.last : work.first;
+    initial = begins && of.has_initial;
+    state = initial ? work.sequence : begins ? -1 : work.carry + (of.reverse ? 1 : -1);
+    const int all = (work.length + 63) / 64, own = first / 64;
+    first_block = of.reverse ? own : 0;
+    blocks = of.reverse ? all - own : min(all, own + T::kGroups);
+  }
+};
+
+template <class T>
+__device__ void produce_outputs(const WideOutputParams& p, WideShared<T>& shared) {
+  Producer<T> me{shared};
+  for (int64_t index = blockIdx.x; index < p.units; index += gridDim.x) {
+    const OutputUnit<T> unit(p, index);
+    if (!unit.used) continue;
+    const WideOutput& of = p.outputs[unit.output];
+    const int start = unit.work.start, batch = unit.work.batch;
+    if (unit.state >= 0) {
+      const HeadOf x(of.x, unit.head, batch), state(unit.initial ? of.initial : of.states, unit.head, unit.state);
+      for (int panel = 0; panel * kPanel < of.depth; ++panel) {
+        const int stage = me.claim();
+        me.left_down(stage, x, panel, start + unit.first);
+        if (of.transposed_state)
+          me.right_down(stage, state, panel, unit.column_tile * T::kN);
+        else
+          me.right_across(stage, state, unit.column_tile * T::kPanels, panel * kPanel);
+      }
+    }
+    const HeadOf scores(of.scores, unit.head, batch), w(of.w, unit.head, batch);
+    for (int i = 0; i < unit.blocks; ++i) {
+      const int stage = me.claim(), block = unit.first_block + i;
+      if (of.reverse)
+        me.left_across(stage, scores, unit.first / 64, start + block * 64);
+      else
+        me.left_down(stage, scores, block, start + unit.first);
+      me.right_across(stage, w, unit.column_tile * T::kPanels, start + block * 64);
+    }
+  }
+}
+
+template <class T>
+struct WideOutputMaker : Consumer<T> {
+  using Element = typename T::Element;
+  const WideOutputParams& p;
+  bool spoiled = false;  // whether values were found that are not finite
+
+  __device__ WideOutputMaker(const WideOutputParams& p, WideShared<T>& shared, int group)
+      : Consumer<T>(shared, group), p(p) {}
+
+  // Looks at values of tokens that some rows of this tile must not see, before they are multiplied: masked scores are
+  // 0, and 0 · NaN is NaN.
+  __device__ void look(int stage, int token, bool reverse) {
+    const uint32_t base = this->right(stage) + threadIdx.x * 16;
+    constexpr int kPieces = T::kPanels * 512 / T::kConsumers, kAtOnce = kPieces % 4 == 0 ? 4 : 2;
+    static_assert(kPieces % kAtOnce == 0 && T::kPanels * 512 % T::kConsumers == 0);
+    NonfiniteSearch<Element> search[kAtOnce];
+#pragma unroll 1
+    for (int x = 0; x < kPieces; x += kAtOnce) {
+      uint4 piece[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) piece[i] = load_piece(base + (x + i) * T::kConsumers * 16);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        for (const uint32_t word : {piece[i].x, piece[i].y, piece[i].z, piece[i].w}) search[i].add(word);
+    }
+    bool found = false;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) found |= search[i].found();
+    if (any_of_threads(1, T::kConsumers, found)) take_out(stage, token, reverse);
+  }
+
+  // Takes them out, and keeps from which token on each column is not finite, in the order of the pass.
+  __device__ void take_out(int stage, int token, bool reverse) {
+    auto& bad = this->shared.bad;
+    if (!spoiled) {
+      for (int x = threadIdx.x; x < T::kN; x += T::kConsumers) bad[x] = reverse ? -1 : INT_MAX;
+      this->sync();
+    }
+    spoiled = true;
+    const auto found = [&](int column, int at) {
+      if (reverse)
+        atomicMax(&bad[column], at);
+      else
+        atomicMin(&bad[column], at);
+    };
+#pragma unroll 1
+    for (int x = threadIdx.x; x < T::kPanels * 512; x += T::kConsumers) {
+      const int row = x / 8 % 64;
+      int column = x / 512 * kPanel + (x % 8 ^ row % 8) * 8;
+      const uint32_t address = this->right(stage) + x * 16;
+      uint4 piece = load_piece(address);
+      for (uint32_t* word : {&piece.x, &piece.y, &piece.z, &piece.w}) {
+        if (any_nonfinite<Element>(*word & 0xFFFF)) found(column, token + row), *word &= 0xFFFF0000u;
+        if (any_nonfinite<Element>(*word >> 16)) found(column + 1, token + row), *word &= 0xFFFFu;
+        column += 2;
+      }
+      store_piece(address, piece);
+    }
+    fence_for_async();
+    this->sync();
+  }
+  __device__ void spoil(int first, bool reverse) {
+    const Lane at;
+#pragma unroll
+    for (int x = 0; x < T::kN / 2; ++x) {
+      const int row = first + this->group * 64 + at.row + x / 2 % 2 * 8;
+      const int bad = this->shared.bad[x / 4 * 8 + at.pair + x % 2];
+      if (reverse ? row <= bad : row >= bad) this->acc[x] = CUDART_NAN_F;
+    }
+    this->sync();
+    spoiled = false;
+  }
+
+  __device__ void make(const OutputUnit<T>& unit) {
+    const WideOutput& of = p.outputs[unit.output];
+    const int length = unit.work.length, own = unit.first / 64;
+    const bool reverse = of.reverse;
+    this->clear();
+    if (unit.state >= 0) {
+      const int panels = (of.depth + kPanel - 1) / kPanel;
+      const auto nothing = [](int, int) {};
+      if (of.transposed_state)
+        this->template multiply<0, 0>(panels, nothing);
+      else
+        this->template multiply<0, 1>(panels, nothing);
+      const float log_lambda = decay_of(unit.work, p.log_decay, unit.head);
+      const int row = unit.first + this->group * 64 + Lane().row;
+      const auto reads = [&](int i) { return power(log_lambda, reverse ? max(length - 1 - i, 0) : i + 1); };
+      this->scale(reads(row), reads(row + 8));
+    }
+    const auto prepare = [&](int i, int stage) {
+      const int block = unit.first_block + i;
+      if (p.chunks.table != nullptr && block * 64 + 64 > length)
+        this->clear_rows(stage, reverse ? 0 : T::kGroups, length - block * 64);
+      if (block >= own && block < own + T::kGroups) look(stage, block * 64, reverse);
+    };
+    if (reverse)
+      this->template multiply<1, 1>(unit.blocks, prepare);
+    else
+      this->template multiply<0, 1>(unit.blocks, prepare);
+    if (spoiled) spoil(unit.first, reverse);
+    const int token = unit.work.start + unit.first;
+    Element* rows = static_cast<Element*>(of.out_rows) +
+                    ((int64_t(unit.work.batch) * p.heads + unit.head) * p.chunks.tokens + token) * of.width;
+    this->put_out(HeadOf(of.out, unit.head, unit.work.batch), unit.column_tile * T::kPanels, token,
+                  {0, unit.n, p.chunks.table != nullptr}, rows, of.width);
+  }
+};
+
+template <class T>
+__device__ void consume_outputs(const WideOutputParams& p, WideShared<T>& shared, int group) {
+  WideOutputMaker<T> me(p, shared, group);
+  for (int64_t index = blockIdx.x; index < p.units; index += gridDim.x) {
+    const OutputUnit<T> unit(p, index);
+    if (unit.used) me.make(unit);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 1) wide_outputs_kernel(const __grid_constant__ WideOutputParams p) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  auto& shared = *reinterpret_cast<WideShared<T>*>(memory);
+  init_barriers(shared);
+  by_role<T>([&] { produce_outputs<T>(p, shared); }, [&](int group) { consume_outputs<T>(p, shared, group); });
+}
+
+template <class Element>
+cudaError_t run_wide_outputs(const WideOutputParams& p, WideTile tile, int multiprocessors, cudaStream_t stream) {
+  return with_wide<Element>(tile, [&](auto sizes) {
+    using T = decltype(sizes);
+    return launch_wide<T>(wide_outputs_kernel<T>, p, p.units < multiprocessors ? p.units : multiprocessors, stream);
+  });
+}
