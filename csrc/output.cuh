@@ -227,7 +227,7 @@ struct OutputMaker {
 
   // From the left tile to the neighbour, each warp its rows.
   __device__ void give_away(const uint8_t* tile, int outputs) {
-    if (outputs > 0) wait_for_neighbour(shared.sum_empty, parity(outputs, 1) ^ 1);
+    if (outputs > 0) wait_for_cluster(shared.sum_empty, parity(outputs, 1) ^ 1);
     const Lane at;
     const uint32_t there = address_there(shared_address(shared.sum)),
                    barrier = address_there(shared_address(&shared.given)), from = shared_address(tile);
@@ -243,7 +243,7 @@ struct OutputMaker {
   __device__ void add_up(const float (&o)[kColumns / 2], int outputs) {
     const Lane at;
     if (at.thread == 0) shared.given.arrive_expecting(V::kSumBytes);
-    wait_for_neighbour(shared.given, parity(outputs, 1));
+    wait_for_cluster(shared.given, parity(outputs, 1));
     const uint32_t base = shared_address(shared.sum);
 #pragma unroll
     for (int n = 0; n < kColumns / 16; ++n) {

@@ -50,7 +50,7 @@ __device__ void store_sum(const PassParams& p, SharedStorage<V>& shared, const C
   copy_out<V::kVPanels>(keeps_second() ? p.out_of_k_tiles : p.out_tiles, shared.sum, of_both, 0);
   commit_stores();
   wait_for_stores();
-  arrive_there(shared.sum_empty);
+  arrive_in(shared.sum_empty, rank_in_cluster() ^ 1);
 }
 
 // One thread's work.

@@ -14,9 +14,11 @@
 // Products between fence() and commit() run in the background, in order; wait<n>() returns when at most n groups run.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kPending>
+// kWhere tells waits at the end of two branches apart: made one, behind where they meet, they would leave results of
+// running products to be copied before.
+template <int kPending, int kWhere = 0>
 __device__ inline void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;  // %1" ::"n"(kPending), "n"(kWhere) : "memory");
 }
 
 // Keeps the compiler from moving or copying registers that a running product still writes or reads.

@@ -10,6 +10,7 @@
 #include <math_constants.h>
 
 #include "async.cuh"
+#include "cluster.cuh"
 #include "decay.cuh"
 #include "segments.cuh"
 #include "tile.cuh"
@@ -26,7 +27,7 @@ struct Wide {
   static constexpr int kStageBytes = (kGroups + kPanels) * kPanelBytes;
   static constexpr int kStaging = kGroups == 2 ? 2 : 1;  // panels of results on their way to memory, of a warpgroup
   static constexpr int kFirstRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : 152, kProducerRegisters = kGroups == 2 ? 40 : 56;
+  static constexpr int kConsumerRegisters = kGroups == 2 ? 224 : 152, kProducerRegisters = 56;
 };
 
 template <class T>
@@ -40,16 +41,33 @@ struct alignas(1024) WideShared {
   Barrier full[T::kStages], empty[T::kStages];
 };
 
+// Where a block stands among those that share tiles: those of one row have the same left tile, those of one column the
+// same right one.
+struct Place {
+  const ClusterShape shape;
+  const int base;  // the cluster's rank of the first
+  const int row, column;
+
+  // The cluster holds as many of these shapes as fit.
+  __device__ explicit Place(const ClusterShape& shape)
+      : shape(shape),
+        base(rank_in_cluster() / (shape.rows * shape.columns) * (shape.rows * shape.columns)),
+        row((rank_in_cluster() - base) / shape.columns),
+        column((rank_in_cluster() - base) % shape.columns) {}
+  __device__ int rank(int row, int column) const { return base + row * shape.columns + column; }
+  __device__ int blocks_to_wait_for() const { return shape.rows + shape.columns - 1; }
+};
+
 template <class T>
-__device__ void init_barriers(WideShared<T>& shared) {
+__device__ void init_barriers(WideShared<T>& shared, const Place& place) {
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < T::kStages; ++stage) {
       shared.full[stage].init(1);
-      shared.empty[stage].init(T::kGroups * kWarpgroup / 32 * kArriving);
+      shared.empty[stage].init(place.blocks_to_wait_for() * T::kGroups * kWarpgroup / 32 * kArriving);
     }
     fence_barrier_init();
   }
-  __syncthreads();
+  sync_cluster();
 }
 
 // Head and row of the batch of a tensor.
@@ -69,37 +87,46 @@ __device__ inline float decay_of(const Work& work, const float* log_decay, int h
 template <class T>
 struct Producer {
   WideShared<T>& shared;
+  const Place& place;
+  const uint16_t left_ranks, right_ranks;  // to whom it copies boxes of the tiles
   int step = 0;
 
-  // Waits for the next stage, and says what comes.
-  __device__ int claim() {
+  __device__ Producer(WideShared<T>& shared, const Place& place)
+      : shared(shared),
+        place(place),
+        left_ranks(1 << place.rank(place.row, 0) | 1 << place.rank(place.row, place.shape.columns - 1)),
+        right_ranks(1 << place.rank(0, place.column) | 1 << place.rank(place.shape.rows - 1, place.column)) {}
+
+  // Waits for the next stage, and says that so many boxes come.
+  __device__ int claim(int boxes = T::kGroups + T::kPanels) {
     const int stage = step % T::kStages;
     if (step >= T::kStages) shared.empty[stage].wait(parity(step, T::kStages) ^ 1);
     ++step;
-    shared.full[stage].arrive_expecting(T::kStageBytes);
+    shared.full[stage].arrive_expecting(boxes * kPanelBytes);
     return stage;
   }
-  __device__ void box(int stage, int box, const HeadOf& from, int panel, int token) {
-    copy_box(shared.stages[stage] + box * kPanelBytes, from.tensor.map, shared.full[stage], Keep::kNormal,
-             from.tensor.corner(panel, token, from.head, from.row));
+  __device__ void box(uint16_t ranks, int stage, int box, const HeadOf& from, int panel, int token) {
+    uint8_t* to = shared.stages[stage] + box * kPanelBytes;
+    const Corner corner = from.tensor.corner(panel, token, from.head, from.row);
+    if ((ranks & (ranks - 1)) == 0)
+      copy_box(to, from.tensor.map, shared.full[stage], Keep::kNormal, corner);
+    else
+      copy_box_to(ranks, to, from.tensor.map, shared.full[stage], Keep::kNormal, corner);
   }
-  // The left tile: boxes side by side, or one below the other.
-  __device__ void left_across(int stage, const HeadOf& from, int panel, int token) {
+  // This block's share of the left tile's boxes from `first` on: side by side, or one below the other.
+  __device__ void left(int stage, const HeadOf& from, int panel, int token, bool across, int first = 0,
+                       int end = T::kGroups) {
 #pragma unroll
-    for (int i = 0; i < T::kGroups; ++i) box(stage, i, from, panel + i, token);
+    for (int i = 0; i < T::kGroups; ++i)
+      if (i >= first && i < end && i % place.shape.columns == place.column)
+        box(left_ranks, stage, i, from, panel + (across ? i : 0), token + (across ? 0 : i * 64));
   }
-  __device__ void left_down(int stage, const HeadOf& from, int panel, int token) {
+  // And of the right one's.
+  __device__ void right(int stage, const HeadOf& from, int panel, int token, bool across) {
 #pragma unroll
-    for (int i = 0; i < T::kGroups; ++i) box(stage, i, from, panel, token + i * 64);
-  }
-  // And the right one.
-  __device__ void right_across(int stage, const HeadOf& from, int panel, int token) {
-#pragma unroll
-    for (int i = 0; i < T::kPanels; ++i) box(stage, T::kGroups + i, from, panel + i, token);
-  }
-  __device__ void right_down(int stage, const HeadOf& from, int panel, int token) {
-#pragma unroll
-    for (int i = 0; i < T::kPanels; ++i) box(stage, T::kGroups + i, from, panel, token + i * 64);
+    for (int i = 0; i < T::kPanels; ++i)
+      if (i % place.shape.rows == place.row)
+        box(right_ranks, stage, T::kGroups + i, from, panel + (across ? i : 0), token + (across ? 0 : i * 64));
   }
 };
 
@@ -115,15 +142,25 @@ template <class T>
 struct Consumer {
   using Element = typename T::Element;
   WideShared<T>& shared;
+  const Place& place;
   const int group;
   int step = 0;
   float acc[T::kN / 2];  // 64 × kN, as wgmma.cuh says
 
-  __device__ Consumer(WideShared<T>& shared, int group) : shared(shared), group(group) {}
+  __device__ Consumer(WideShared<T>& shared, const Place& place, int group)
+      : shared(shared), place(place), group(group) {}
 
   __device__ uint32_t left(int stage) const { return shared_address(shared.stages[stage]) + group * kPanelBytes; }
   __device__ uint32_t right(int stage) const { return shared_address(shared.stages[stage]) + T::kGroups * kPanelBytes; }
-  __device__ void release(int of_step) { arrive_as_warp(shared.empty[of_step % T::kStages]); }
+  // Gives a stage back to all who copy to it.
+  __device__ void release(int stage) {
+    Barrier& empty = shared.empty[stage];
+    arrive_as_warp(empty);
+    if (threadIdx.x % 32 < kArriving) {
+      if (place.shape.columns > 1) give_back_in(empty, place.rank(place.row, place.column ^ 1));
+      if (place.shape.rows > 1) give_back_in(empty, place.rank(place.row ^ 1, place.column));
+    }
+  }
   __device__ void sync() { sync_threads(1, T::kConsumers); }
 
   __device__ void clear() {
@@ -135,16 +172,27 @@ struct Consumer {
     for (int x = 0; x < T::kN / 2; ++x) acc[x] *= x / 2 % 2 ? below : above;
   }
 
+  // Waits for the next stage, which `look` sees before anything is multiplied.
+  template <class Look>
+  __device__ int next(Look look) {
+    const int stage = step % T::kStages;
+    shared.full[stage].wait(parity(step, T::kStages));
+    look(stage);
+    return stage;
+  }
+  // Lets `count` stages go by, of which others need some.
+  template <class Look>
+  __device__ void pass_by(int count, Look look) {
+    for (int i = 0; i < count; ++i, ++step) release(next(look));
+  }
   // Adds `count` stages to acc. kTransposeLeft, kTransposeRight: the tile's rows lie along the sum.
-  // look(i, stage) comes before the products of a stage.
   template <int kTransposeLeft, int kTransposeRight, class Look>
   __device__ void multiply(int count, Look look) {
+    constexpr int kWhere = kTransposeLeft * 2 + kTransposeRight;
+    wgmma_hold(acc);
     for (int i = 0; i < count; ++i, ++step) {
-      const int stage = step % T::kStages;
-      shared.full[stage].wait(parity(step, T::kStages));
-      look(i, stage);
+      const int stage = next(look);
       const uint32_t a = left(stage), b = right(stage);
-      wgmma_hold(acc);
       wgmma_fence();
 #pragma unroll
       for (int x = 0; x < T::kDepth / 16; ++x) {
@@ -154,10 +202,12 @@ struct Consumer {
             kTransposeRight ? descriptor(b + x * kAcross, kPanelBytes) : descriptor(b + x * kAlong), 1);
       }
       wgmma_commit();
-      wgmma_wait<0>();
-      wgmma_hold(acc);
-      release(step);
+      wgmma_wait<1, kWhere>();
+      if (i > 0) release((step - 1) % T::kStages);
     }
+    wgmma_wait<0, kWhere>();
+    wgmma_hold(acc);
+    if (count > 0) release((step - 1) % T::kStages);
   }
 
   // Rows behind the end of a sequence belong to another one: times zero they could still be NaN. Boxes from `first` on.
@@ -222,17 +272,47 @@ __device__ void by_role(Produce produce, Consume consume) {
     consume(group);
     if (threadIdx.x % kWarpgroup == 0) wait_for_stores();
   }
+  sync_cluster();  // others may still copy to this block's memory
 }
 
-template <class T, class Kernel, class Params>
-cudaError_t launch_wide(Kernel kernel, const Params& p, int64_t blocks, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(WideShared<T>);
-  static_assert(kBytes <= 227 * 1024);
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<dim3(blocks), T::kThreads, kBytes, stream>>>(p);
-  return cudaGetLastError();
-}
+// How a kernel is launched in clusters.
+template <class T>
+struct WideLaunch {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute cluster{};
+
+  WideLaunch(int blocks_of_cluster, cudaStream_t stream) {
+    static_assert(sizeof(WideShared<T>) <= 227 * 1024);
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {unsigned(blocks_of_cluster), 1, 1};
+    config.blockDim = dim3(T::kThreads);
+    config.dynamicSmemBytes = sizeof(WideShared<T>);
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+  template <class Params>
+  cudaError_t operator()(void (*kernel)(Params), const Params& p, int64_t blocks) {
+    const cudaError_t error = allow(kernel);
+    if (error != cudaSuccess) return error;
+    config.gridDim = dim3(blocks);
+    return cudaLaunchKernelEx(&config, kernel, p);
+  }
+  // How many clusters run at a time.
+  template <class Params>
+  cudaError_t clusters_at_once(void (*kernel)(Params), int* clusters) {
+    const cudaError_t error = allow(kernel);
+    if (error != cudaSuccess) return error;
+    config.gridDim = dim3(cluster.val.clusterDim.x);
+    return cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
+  }
+
+ private:
+  template <class Params>
+  cudaError_t allow(void (*kernel)(Params)) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.dynamicSmemBytes);
+  }
+};
 
 // run(T), with the sizes of a tile.
 template <class Element, class Run>

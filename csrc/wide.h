@@ -11,6 +11,11 @@ struct Pieces {
   int positions, segments, segment_length, tokens, reverse;
 };
 
+// Blocks of neighbouring tiles of a result: 1 or 2 along rows and along columns.
+struct ClusterShape {
+  int rows, columns;
+};
+
 // States before chunks and scores inside of them, for `wide_outputs.cuh`.
 struct PrepareParams {
   TiledTensor a, b;           // (B, heads, T, D) and (B, heads, T, E): the state gains aᵀ b
@@ -28,8 +33,10 @@ struct PrepareParams {
   StateStrides carry_strides;
   int sums;  // whether only what a segment adds to the state is wanted, in `carry`
   int batch, heads, d, e, depth, chunk, reverse;
-  int d_tiles, e_tiles, score_tiles;  // of the state, and of a chunk's scores
-  int64_t state_units, score_units;   // pieces of work
+  int d_tiles, e_tiles;               // of the state
+  ClusterShape of_state, of_scores;   // blocks that share tiles of what they multiply
+  int score_tiles;                    // of a chunk's scores that such blocks make
+  int64_t state_blocks, score_units;  // blocks that make states, and tiles of scores as above
 };
 
 // out = r (x S) + P w with what was prepared, or with the transpose of S and P.
@@ -51,8 +58,10 @@ struct WideOutputParams {
   Pieces chunks;
   const float* log_decay;
   int batch, heads, chunk, slots;
-  int row_tiles;  // of a chunk
-  int64_t units;  // pieces of work
+  ClusterShape cluster;
+  int row_tiles;   // of a chunk that such blocks make
+  int last_first;  // whether they begin with the last chunks: those that were prepared last
+  int64_t units;   // tiles of outputs likewise
 };
 
 // Rows and columns of the products' tiles: kSquareTile or kLongTile.
@@ -64,7 +73,5 @@ constexpr WideTile kSquareTile = {192, 192}, kLongTile = {128, 256};
 
 cudaError_t run_prepare_bfloat16(const PrepareParams& p, WideTile tile, cudaStream_t stream);
 cudaError_t run_prepare_float16(const PrepareParams& p, WideTile tile, cudaStream_t stream);
-cudaError_t run_wide_outputs_bfloat16(const WideOutputParams& p, WideTile tile, int multiprocessors,
-                                      cudaStream_t stream);
-cudaError_t run_wide_outputs_float16(const WideOutputParams& p, WideTile tile, int multiprocessors,
-                                     cudaStream_t stream);
+cudaError_t run_wide_outputs_bfloat16(const WideOutputParams& p, WideTile tile, cudaStream_t stream);
+cudaError_t run_wide_outputs_float16(const WideOutputParams& p, WideTile tile, cudaStream_t stream);

@@ -84,12 +84,16 @@ void wide_prepare(const Tensor& a, const Tensor& b, const Tensor& rows, const Te
   if (states) p.states = boxes_of_own(*states, "states", a, {int64_t(p.batch) * p.chunks.segments, p.heads, p.d, p.e});
   const WideTile tile = tile_of(tile_rows);
   p.d_tiles = (p.d + tile.rows - 1) / tile.rows, p.e_tiles = (p.e + tile.columns - 1) / tile.columns;
-  for (int row = 0; row < chunk; row += tile.rows) p.score_tiles += (row + tile.rows - 1) / tile.columns + 1;
+  p.of_state = {p.d_tiles % 2 == 0 ? 2 : 1, p.e_tiles % 2 == 0 ? 2 : 1};
+  p.of_scores = {p.of_state.rows * p.of_state.columns > 1 ? 2 : 1, 1};
+  const int at_once = p.of_scores.rows * tile.rows;
+  for (int row = 0; row < chunk; row += at_once) p.score_tiles += (row + at_once - 1) / tile.columns + 1;
   const int64_t slots = slots_of(p.segments, p.batch);
-  p.state_units = states || final ? slots * p.heads * p.d_tiles * p.e_tiles : 0;
+  p.state_blocks = states || final ? slots * p.heads * p.d_tiles * p.e_tiles : 0;
   CHECK(carry.has_value() == (p.segments.segments > 1), "carry: expected with more than one segment");
   const int64_t score_units = slots_of(p.chunks, p.batch) * p.heads * p.score_tiles;
-  CHECK(p.state_units + score_units < int64_t(1) << 31, "too many pieces of work: ", p.state_units + score_units);
+  CHECK(p.state_blocks + score_units * 2 + 4 < int64_t(1) << 31, "too many pieces of work: ", p.state_blocks, " and ",
+        score_units);
   const cudaStream_t stream = stream_of(a);
   if (carry) {
     p.carry = state_of(*carry, "carry", a, 1, p.heads, p.d, p.e, &p.carry_strides);
@@ -146,15 +150,17 @@ struct Outputs {
   }
 
   void run() {
-    int64_t tiles = 0;
-    for (int i = 0; i < p.number; ++i) tiles += p.outputs[i].tiles;
+    int tiles = 0;
+    p.cluster = {p.row_tiles > 1 ? 2 : 1, 2};
+    for (int i = 0; i < p.number; ++i)
+      if (p.outputs[i].tiles % 2 != 0) p.cluster.columns = 1;
+    for (int i = 0; i < p.number; ++i) tiles += p.outputs[i].tiles /= p.cluster.columns;
+    p.row_tiles = (p.row_tiles + p.cluster.rows - 1) / p.cluster.rows;
     p.units = int64_t(p.slots) * p.heads * p.row_tiles * tiles;
     CHECK(p.units < int64_t(1) << 31, "too many pieces of work: ", p.units);
-    int multiprocessors = 0;
-    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, like.get_device_index()));
     const cudaStream_t stream = stream_of(like);
-    check_cuda(like.scalar_type() == ScalarType::BFloat16 ? run_wide_outputs_bfloat16(p, tile, multiprocessors, stream)
-                                                          : run_wide_outputs_float16(p, tile, multiprocessors, stream));
+    check_cuda(like.scalar_type() == ScalarType::BFloat16 ? run_wide_outputs_bfloat16(p, tile, stream)
+                                                          : run_wide_outputs_float16(p, tile, stream));
   }
 };
 
@@ -164,6 +170,7 @@ void wide_forward(const Tensor& q, const Tensor& v, const std::optional<Tensor>&
                   int64_t tile_rows) {
   const GuardForMaps guard(q.get_device_index());
   Outputs outputs(q, log_decay, table, out.size(1), chunk, tile_rows);
+  outputs.p.last_first = true;
   outputs.add(q, v, states, initial, scores, out, false, false);
   outputs.run();
 }

@@ -13,10 +13,10 @@ struct StateUnit {
   int chunks, walked;  // of the segment, and how many of them count
   bool used;
 
-  template <class P>
-  __device__ StateUnit(const P& p, int64_t unit) {
-    const int tiles = p.d_tiles * p.e_tiles, tile = unit % tiles;
-    d_tile = tile / p.e_tiles, e_tile = tile % p.e_tiles;
+  __device__ StateUnit(const PrepareParams& p, const Place& place, int block) {
+    const int blocks = place.shape.rows * place.shape.columns, unit = block / blocks;
+    const int across = p.e_tiles / place.shape.columns, tiles = p.d_tiles * p.e_tiles / blocks, tile = unit % tiles;
+    d_tile = tile / across * place.shape.rows + place.row, e_tile = tile % across * place.shape.columns + place.column;
     head = unit / tiles % p.heads;
     used = find_work(p.segments, unit / tiles / p.heads, work) && !(p.sums && work.last);
     chunks = used ? (work.length + p.chunk - 1) / p.chunk : 0;
@@ -32,44 +32,52 @@ struct StateUnit {
   }
 };
 
-// A tile of a chunk's scores, of those that are not all masked.
+// A tile of a chunk's scores. `used` says whether blocks that share tiles with it have any that are not all masked.
 template <class T>
 struct ScoreUnit {
   Work work;
   int head, row_tile = 0, column_tile;
   bool used;
 
-  __device__ ScoreUnit(const PrepareParams& p, int64_t unit) {
+  __device__ ScoreUnit(const PrepareParams& p, const Place& place, int block) {
+    const int rows = place.shape.rows * T::kRows, unit = block / place.shape.rows;
     column_tile = unit % p.score_tiles;
-    for (int columns; column_tile >= (columns = columns_of(row_tile)); ++row_tile) column_tile -= columns;
+    for (int columns; column_tile >= (columns = columns_of(row_tile, rows)); ++row_tile) column_tile -= columns;
     head = unit / p.score_tiles % p.heads;
-    used = find_work(p.chunks, unit / p.score_tiles / p.heads, work) && row_tile * T::kRows < work.length;
+    used = unit < p.score_units && find_work(p.chunks, unit / p.score_tiles / p.heads, work) &&
+           row_tile * rows < work.length;
+    row_tile = row_tile * place.shape.rows + place.row;
   }
-  __host__ __device__ static int columns_of(int row_tile) { return (row_tile * T::kRows + T::kRows - 1) / T::kN + 1; }
+  __device__ static int columns_of(int row, int rows) { return (row * rows + rows - 1) / T::kN + 1; }
+  __device__ bool masked() const {
+    return row_tile * T::kRows >= work.length || column_tile * T::kN >= (row_tile + 1) * T::kRows;
+  }
 };
 
 template <class T>
-__device__ void produce_state(const PrepareParams& p, WideShared<T>& shared, const StateUnit& unit) {
-  Producer<T> me{shared};
+__device__ void produce_state(const PrepareParams& p, WideShared<T>& shared, const Place& place,
+                              const StateUnit& unit) {
+  Producer<T> me(shared, place);
   const HeadOf a(p.a, unit.head, unit.work.batch), b(p.b, unit.head, unit.work.batch);
   for (int i = 0; i < unit.walked; ++i) {
     const int start = unit.start(p, i), n = unit.tokens(p, start);
     for (int token = 0; token < n; token += T::kDepth) {
       const int stage = me.claim();
-      me.left_across(stage, a, unit.d_tile * T::kGroups, start + token);
-      me.right_across(stage, b, unit.e_tile * T::kPanels, start + token);
+      me.left(stage, a, unit.d_tile * T::kGroups, start + token, true);
+      me.right(stage, b, unit.e_tile * T::kPanels, start + token, true);
     }
   }
 }
 
 template <class T>
-__device__ void produce_scores(const PrepareParams& p, WideShared<T>& shared, const ScoreUnit<T>& unit) {
-  Producer<T> me{shared};
+__device__ void produce_scores(const PrepareParams& p, WideShared<T>& shared, const Place& place,
+                               const ScoreUnit<T>& unit) {
+  Producer<T> me(shared, place);
   const HeadOf rows(p.rows, unit.head, unit.work.batch), columns(p.columns, unit.head, unit.work.batch);
   for (int panel = 0; panel * kPanel < p.depth; ++panel) {
     const int stage = me.claim();
-    me.left_down(stage, rows, panel, unit.work.start + unit.row_tile * T::kRows);
-    me.right_down(stage, columns, panel, unit.work.start + unit.column_tile * T::kN);
+    me.left(stage, rows, panel, unit.work.start + unit.row_tile * T::kRows, false);
+    me.right(stage, columns, panel, unit.work.start + unit.column_tile * T::kN, false);
   }
 }
 
@@ -77,14 +85,16 @@ __device__ void produce_scores(const PrepareParams& p, WideShared<T>& shared, co
 template <class T>
 struct StateMaker : Consumer<T> {
   using Element = typename T::Element;
-  using Left = uint32_t[4][4];
+  static constexpr int kHalf = 2;  // of the 4 products of a stage
+  using Left = uint32_t[kHalf][4];
   const PrepareParams& p;
   const StateUnit& unit;
   const float log_lambda;
   int weighed = 0;  // for chunks of how many tokens the weights are
 
-  __device__ StateMaker(const PrepareParams& p, WideShared<T>& shared, int group, const StateUnit& unit)
-      : Consumer<T>(shared, group), p(p), unit(unit), log_lambda(decay_of(unit.work, p.log_decay, unit.head)) {}
+  __device__ StateMaker(const PrepareParams& p, WideShared<T>& shared, const Place& place, int group,
+                        const StateUnit& unit)
+      : Consumer<T>(shared, place, group), p(p), unit(unit), log_lambda(decay_of(unit.work, p.log_decay, unit.head)) {}
 
   // For each pair of neighbours that this thread has of the tile, in a state of these strides: visit(first, second).
   template <class Value, class Visit>
@@ -129,16 +139,16 @@ struct StateMaker : Consumer<T> {
     this->sync();
   }
 
-  // aᵀ of a stage, each token times its weight, as left operand.
-  __device__ void load_left(Left& left, int stage, int token) {
+  // aᵀ of half a stage, each token times its weight, as left operand.
+  __device__ void load_left(Left& left, int stage, int half, int token) {
     const Lane at;
-    const uint32_t base =
-        this->left(stage) + piece_offset(at.lane / 16 * 8 + at.lane % 8, at.thread / 32 * 2 + at.lane / 8 % 2);
-    const uint32_t weights = shared_address(this->shared.weights) + (token + at.pair) * 4;
+    const uint32_t base = this->left(stage) + half * kHalf * 16 * kPanelRow +
+                          piece_offset(at.lane / 16 * 8 + at.lane % 8, at.thread / 32 * 2 + at.lane / 8 % 2);
+    const uint32_t weights = shared_address(this->shared.weights) + (token + half * kHalf * 16 + at.pair) * 4;
 #pragma unroll
-    for (int x = 0; x < 4; ++x) load_blocks<true>(left[x], base + x * 16 * kPanelRow);
+    for (int x = 0; x < kHalf; ++x) load_blocks<true>(left[x], base + x * 16 * kPanelRow);
 #pragma unroll
-    for (int x = 0; x < 4; ++x) {
+    for (int x = 0; x < kHalf; ++x) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 of = load_pair(weights + x * 64 + i / 2 * 32), pair = unpack<Element>(left[x][i]);
@@ -146,25 +156,18 @@ struct StateMaker : Consumer<T> {
       }
     }
   }
-
-  __device__ void advance(int token, int n) {
-    Left left;
-    const int stage = this->step % T::kStages;
-    this->shared.full[stage].wait(parity(this->step, T::kStages));
-    if (n - token < T::kDepth && p.segments.table != nullptr) this->clear_rows(stage, 0, n - token);
-    load_left(left, stage, token);
-    const uint32_t b = this->right(stage);
-    wgmma_hold(this->acc);
+  // The half's products run when it returns; those of `other`, the half before it, are done.
+  __device__ void advance(Left& left, Left& other, int stage, int half, int token) {
+    load_left(left, stage, half, token);
+    const uint32_t b = this->right(stage) + half * kHalf * 16 * kPanelRow;
     wgmma_hold(left);
     wgmma_fence();
 #pragma unroll
-    for (int x = 0; x < 4; ++x)
+    for (int x = 0; x < kHalf; ++x)
       wgmma<Element, T::kN, 1>(this->acc, left[x], descriptor(b + x * 16 * kPanelRow, kPanelBytes), 1);
     wgmma_commit();
-    wgmma_wait<0>();
-    wgmma_hold(this->acc);
-    wgmma_hold(left);
-    this->release(this->step++);
+    wgmma_wait<1>();
+    wgmma_hold(other);
   }
 
   __device__ void walk() {
@@ -174,7 +177,20 @@ struct StateMaker : Consumer<T> {
       weigh(n);
       const float carried = power(log_lambda, n);
       this->scale(carried, carried);
-      for (int token = 0; token < n; token += T::kDepth) advance(token, n);
+      wgmma_hold(this->acc);
+      Left left[2] = {};
+      for (int token = 0; token < n; token += T::kDepth, ++this->step) {
+        const int stage = this->next([&](int stage) {
+          if (n - token < T::kDepth && p.segments.table != nullptr) this->clear_rows(stage, 0, n - token);
+        });
+        advance(left[0], left[1], stage, 0, token);
+        if (token > 0) this->release((this->step - 1) % T::kStages);
+        advance(left[1], left[0], stage, 1, token);
+      }
+      wgmma_wait<0>();
+      wgmma_hold(this->acc);
+      wgmma_hold(left[1]);
+      this->release((this->step - 1) % T::kStages);
       if (p.sums || (unit.work.last && i == unit.chunks - 1)) continue;
       const int after = unit.work.batch * p.chunks.segments + start / p.chunk;
       this->put_out(HeadOf(p.states, unit.head, after), unit.e_tile * T::kPanels, unit.d_tile * T::kRows,
@@ -189,13 +205,18 @@ struct StateMaker : Consumer<T> {
 
 // Scores times λ^(i-j); chosen, not multiplied where masked: 0 · NaN is NaN.
 template <class T>
-__device__ void make_scores(const PrepareParams& p, WideShared<T>& shared, int group, const ScoreUnit<T>& unit) {
-  Consumer<T> me(shared, group);
+__device__ void make_scores(const PrepareParams& p, WideShared<T>& shared, const Place& place, int group,
+                            const ScoreUnit<T>& unit) {
+  Consumer<T> me(shared, place, group);
+  const bool masked = unit.masked();
   const float log_lambda = decay_of(unit.work, p.log_decay, unit.head);
   for (int i = threadIdx.x; i < p.chunk; i += T::kConsumers) shared.weights[i] = power(log_lambda, i);
   me.sync();
+  const int panels = (p.depth + kPanel - 1) / kPanel;
+  const auto nothing = [](int) {};
+  if (masked) return me.pass_by(panels, nothing);
   me.clear();
-  me.template multiply<0, 0>((p.depth + kPanel - 1) / kPanel, [](int, int) {});
+  me.template multiply<0, 0>(panels, nothing);
   const Lane at;
   const int distance = unit.row_tile * T::kRows + group * 64 + at.row - unit.column_tile * T::kN - at.pair;
 #pragma unroll
@@ -216,24 +237,29 @@ template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1) prepare_kernel(const __grid_constant__ PrepareParams p) {
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<WideShared<T>*>(memory);
-  init_barriers(shared);
-  if (blockIdx.x < p.state_units) {  // first, since they take longest
-    const StateUnit unit(p, blockIdx.x);
+  if (blockIdx.x < p.state_blocks) {  // first, since they take longest
+    const Place place(p.of_state);
+    const StateUnit unit(p, place, blockIdx.x);
     if (!unit.used) return;
-    by_role<T>([&] { produce_state<T>(p, shared, unit); },
-               [&](int group) { StateMaker<T>(p, shared, group, unit).walk(); });
+    init_barriers(shared, place);
+    by_role<T>([&] { produce_state<T>(p, shared, place, unit); },
+               [&](int group) { StateMaker<T>(p, shared, place, group, unit).walk(); });
   } else {
-    const ScoreUnit<T> unit(p, blockIdx.x - p.state_units);
+    const Place place(p.of_scores);
+    const ScoreUnit<T> unit(p, place, blockIdx.x - p.state_blocks);
     if (!unit.used) return;
-    by_role<T>([&] { produce_scores<T>(p, shared, unit); }, [&](int group) { make_scores<T>(p, shared, group, unit); });
+    init_barriers(shared, place);
+    by_role<T>([&] { produce_scores<T>(p, shared, place, unit); },
+               [&](int group) { make_scores<T>(p, shared, place, group, unit); });
   }
 }
 
 template <class Element>
-cudaError_t run_prepare(PrepareParams p, WideTile tile, cudaStream_t stream) {
+cudaError_t run_prepare(const PrepareParams& p, WideTile tile, cudaStream_t stream) {
   return with_wide<Element>(tile, [&](auto sizes) {
     using T = decltype(sizes);
-    if (p.state_units + p.score_units == 0) return cudaSuccess;
-    return launch_wide<T>(prepare_kernel<T>, p, p.state_units + p.score_units, stream);
+    const int cluster = p.of_state.rows * p.of_state.columns;
+    const int64_t blocks = p.state_blocks + (p.score_units * p.of_scores.rows + cluster - 1) / cluster * cluster;
+    return blocks == 0 ? cudaSuccess : WideLaunch<T>(cluster, stream)(prepare_kernel<T>, p, blocks);
   });
 }
