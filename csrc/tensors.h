@@ -102,10 +102,10 @@ inline CUtensorMap encode(const char* name, void* data, CUtensorMapDataType type
   return map;
 }
 
-// A (B, heads, T, width) tensor for the copy engine, in boxes of 64 tokens and the panels of a tile `columns` wide, or
-// of one panel where a panel would end beyond the tensor's width. A dim that is expanded has one entry: `batch` becomes
-// 0, and `group` all query heads.
-inline TiledTensor tiled(const Tensor& x, const char* name, int64_t query_heads, int columns) {
+// A (B, heads, T, width) tensor for the copy engine, in boxes of `rows` tokens and the panels of a tile `columns` wide,
+// or of one panel where a panel would end beyond the tensor's width. A dim that is expanded has one entry: `batch`
+// becomes 0, and `group` all query heads.
+inline TiledTensor tiled(const Tensor& x, const char* name, int64_t query_heads, int columns, cuuint32_t rows = 64) {
   CHECK(x.dim() == 4, name, ": expected 4 dims, got ", x.dim());
   CHECK(x.size(3) % 8 == 0 && x.size(3) > 0, name, ": expected a width that 8 divides, got ", x.size(3));
   CHECK(x.stride(3) == 1, name, ": expected the last dim contiguous");
@@ -125,7 +125,7 @@ inline TiledTensor tiled(const Tensor& x, const char* name, int64_t query_heads,
     CHECK(strides[i] > 0 && strides[i] % 16 == 0, name, ": expected strides of whole 16 bytes");
   }
   CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name, ": expected 16-byte aligned");
-  const cuuint32_t box[5] = {64, 64, tiled.at_once ? cuuint32_t(columns / 64) : 1, 1, 1};
+  const cuuint32_t box[5] = {64, rows, tiled.at_once ? cuuint32_t(columns / 64) : 1, 1, 1};
   tiled.map =
       encode(name, x.data_ptr(), CU_TENSOR_MAP_DATA_TYPE_UINT16, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
   return tiled;

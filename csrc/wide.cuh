@@ -10,7 +10,6 @@
 #include <math_constants.h>
 
 #include "async.cuh"
-#include "cluster.cuh"
 #include "decay.cuh"
 #include "segments.cuh"
 #include "tile.cuh"
@@ -30,6 +29,18 @@ struct Wide {
   static constexpr int kConsumerRegisters = kGroups == 2 ? 224 : 152, kProducerRegisters = 56;
 };
 
+// A tile of one output: rows of a chunk.
+struct OutputUnit {
+  int output;  // which, or -1 behind the last unit
+  int head, batch, column_tile;
+  int start, length;        // of the chunk
+  int first;                // row in the chunk
+  int state;                // where the state lies that is read, or -1
+  int initial;              // whether that is the first one of a sequence
+  int first_block, blocks;  // of 64 tokens, whose values scores weigh
+  float log_lambda;
+};
+
 template <class T>
 struct alignas(1024) WideShared {
   uint8_t stages[T::kStages][T::kStageBytes];  // the left tile, a box for each warpgroup, and the right one
@@ -39,35 +50,24 @@ struct alignas(1024) WideShared {
     int bad[T::kN];  // of each column, the token from which on it is not finite, in the direction of the pass
   };
   Barrier full[T::kStages], empty[T::kStages];
-};
-
-// Where a block stands among those that share tiles: those of one row have the same left tile, those of one column the
-// same right one.
-struct Place {
-  const ClusterShape shape;
-  const int base;  // the cluster's rank of the first
-  const int row, column;
-
-  // The cluster holds as many of these shapes as fit.
-  __device__ explicit Place(const ClusterShape& shape)
-      : shape(shape),
-        base(rank_in_cluster() / (shape.rows * shape.columns) * (shape.rows * shape.columns)),
-        row((rank_in_cluster() - base) / shape.columns),
-        column((rank_in_cluster() - base) % shape.columns) {}
-  __device__ int rank(int row, int column) const { return base + row * shape.columns + column; }
-  __device__ int blocks_to_wait_for() const { return shape.rows + shape.columns - 1; }
+  OutputUnit units[2];  // of which one is being worked on
+  Barrier unit_full[2], unit_empty[2];
 };
 
 template <class T>
-__device__ void init_barriers(WideShared<T>& shared, const Place& place) {
+__device__ void init_barriers(WideShared<T>& shared) {
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < T::kStages; ++stage) {
       shared.full[stage].init(1);
-      shared.empty[stage].init(place.blocks_to_wait_for() * T::kGroups * kWarpgroup / 32 * kArriving);
+      shared.empty[stage].init(T::kGroups * kWarpgroup / 32 * kArriving);
+    }
+    for (int unit = 0; unit < 2; ++unit) {
+      shared.unit_full[unit].init(1);
+      shared.unit_empty[unit].init(T::kGroups * kWarpgroup / 32 * kArriving);
     }
     fence_barrier_init();
   }
-  sync_cluster();
+  __syncthreads();
 }
 
 // Head and row of the batch of a tensor.
@@ -83,50 +83,41 @@ __device__ inline float decay_of(const Work& work, const float* log_decay, int h
   return work.valid ? log_decay_of(log_decay, head) : CUDART_NAN_F;
 }
 
-// The one thread that copies.
+// The one thread that copies. All warpgroups wait for it: a stage is two copies, where panels are whole.
 template <class T>
 struct Producer {
   WideShared<T>& shared;
-  const Place& place;
-  const uint16_t left_ranks, right_ranks;  // to whom it copies boxes of the tiles
   int step = 0;
 
-  __device__ Producer(WideShared<T>& shared, const Place& place)
-      : shared(shared),
-        place(place),
-        left_ranks(1 << place.rank(place.row, 0) | 1 << place.rank(place.row, place.shape.columns - 1)),
-        right_ranks(1 << place.rank(0, place.column) | 1 << place.rank(place.shape.rows - 1, place.column)) {}
-
-  // Waits for the next stage, and says that so many boxes come.
-  __device__ int claim(int boxes = T::kGroups + T::kPanels) {
+  // Waits for the next stage, and says what comes.
+  __device__ int claim() {
     const int stage = step % T::kStages;
     if (step >= T::kStages) shared.empty[stage].wait(parity(step, T::kStages) ^ 1);
     ++step;
-    shared.full[stage].arrive_expecting(boxes * kPanelBytes);
+    shared.full[stage].arrive_expecting(T::kStageBytes);
     return stage;
   }
-  __device__ void box(uint16_t ranks, int stage, int box, const HeadOf& from, int panel, int token) {
-    uint8_t* to = shared.stages[stage] + box * kPanelBytes;
-    const Corner corner = from.tensor.corner(panel, token, from.head, from.row);
-    if ((ranks & (ranks - 1)) == 0)
-      copy_box(to, from.tensor.map, shared.full[stage], Keep::kNormal, corner);
-    else
-      copy_box_to(ranks, to, from.tensor.map, shared.full[stage], Keep::kNormal, corner);
+  // The left tile and the right one, each of panels side by side, of 64 rows, or one panel of more rows: as their maps
+  // say, and `across`.
+  __device__ void left(int stage, const HeadOf& from, int panel, int token, bool across) {
+    copy<T::kGroups>(shared.stages[stage], stage, from, panel, token, across);
   }
-  // This block's share of the left tile's boxes from `first` on: side by side, or one below the other.
-  __device__ void left(int stage, const HeadOf& from, int panel, int token, bool across, int first = 0,
-                       int end = T::kGroups) {
-#pragma unroll
-    for (int i = 0; i < T::kGroups; ++i)
-      if (i >= first && i < end && i % place.shape.columns == place.column)
-        box(left_ranks, stage, i, from, panel + (across ? i : 0), token + (across ? 0 : i * 64));
-  }
-  // And of the right one's.
   __device__ void right(int stage, const HeadOf& from, int panel, int token, bool across) {
-#pragma unroll
-    for (int i = 0; i < T::kPanels; ++i)
-      if (i % place.shape.rows == place.row)
-        box(right_ranks, stage, T::kGroups + i, from, panel + (across ? i : 0), token + (across ? 0 : i * 64));
+    copy<T::kPanels>(shared.stages[stage] + T::kGroups * kPanelBytes, stage, from, panel, token, across);
+  }
+
+ private:
+  template <int kBoxes>
+  __device__ void copy(uint8_t* to, int stage, const HeadOf& from, int panel, int token, bool across) {
+    const TiledTensor& tensor = from.tensor;
+    if (!across || tensor.at_once) {
+      copy_box(to, tensor.map, shared.full[stage], Keep::kNormal, tensor.corner(panel, token, from.head, from.row));
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kBoxes; ++i)
+        copy_box(to + i * kPanelBytes, tensor.map, shared.full[stage], Keep::kNormal,
+                 tensor.corner(panel + i, token, from.head, from.row));
+    }
   }
 };
 
@@ -142,25 +133,15 @@ template <class T>
 struct Consumer {
   using Element = typename T::Element;
   WideShared<T>& shared;
-  const Place& place;
   const int group;
   int step = 0;
   float acc[T::kN / 2];  // 64 × kN, as wgmma.cuh says
 
-  __device__ Consumer(WideShared<T>& shared, const Place& place, int group)
-      : shared(shared), place(place), group(group) {}
+  __device__ Consumer(WideShared<T>& shared, int group) : shared(shared), group(group) {}
 
   __device__ uint32_t left(int stage) const { return shared_address(shared.stages[stage]) + group * kPanelBytes; }
   __device__ uint32_t right(int stage) const { return shared_address(shared.stages[stage]) + T::kGroups * kPanelBytes; }
-  // Gives a stage back to all who copy to it.
-  __device__ void release(int stage) {
-    Barrier& empty = shared.empty[stage];
-    arrive_as_warp(empty);
-    if (threadIdx.x % 32 < kArriving) {
-      if (place.shape.columns > 1) give_back_in(empty, place.rank(place.row, place.column ^ 1));
-      if (place.shape.rows > 1) give_back_in(empty, place.rank(place.row ^ 1, place.column));
-    }
-  }
+  __device__ void release(int stage) { arrive_as_warp(shared.empty[stage]); }
   __device__ void sync() { sync_threads(1, T::kConsumers); }
 
   __device__ void clear() {
@@ -272,47 +253,17 @@ __device__ void by_role(Produce produce, Consume consume) {
     consume(group);
     if (threadIdx.x % kWarpgroup == 0) wait_for_stores();
   }
-  sync_cluster();  // others may still copy to this block's memory
 }
 
-// How a kernel is launched in clusters.
-template <class T>
-struct WideLaunch {
-  cudaLaunchConfig_t config{};
-  cudaLaunchAttribute cluster{};
-
-  WideLaunch(int blocks_of_cluster, cudaStream_t stream) {
-    static_assert(sizeof(WideShared<T>) <= 227 * 1024);
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {unsigned(blocks_of_cluster), 1, 1};
-    config.blockDim = dim3(T::kThreads);
-    config.dynamicSmemBytes = sizeof(WideShared<T>);
-    config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-  }
-  template <class Params>
-  cudaError_t operator()(void (*kernel)(Params), const Params& p, int64_t blocks) {
-    const cudaError_t error = allow(kernel);
-    if (error != cudaSuccess) return error;
-    config.gridDim = dim3(blocks);
-    return cudaLaunchKernelEx(&config, kernel, p);
-  }
-  // How many clusters run at a time.
-  template <class Params>
-  cudaError_t clusters_at_once(void (*kernel)(Params), int* clusters) {
-    const cudaError_t error = allow(kernel);
-    if (error != cudaSuccess) return error;
-    config.gridDim = dim3(cluster.val.clusterDim.x);
-    return cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
-  }
-
- private:
-  template <class Params>
-  cudaError_t allow(void (*kernel)(Params)) {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.dynamicSmemBytes);
-  }
-};
+template <class T, class Params>
+cudaError_t launch_wide(void (*kernel)(Params), const Params& p, int64_t blocks, cudaStream_t stream) {
+  constexpr int kBytes = sizeof(WideShared<T>);
+  static_assert(kBytes <= 227 * 1024);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<dim3(blocks), T::kThreads, kBytes, stream>>>(p);
+  return cudaGetLastError();
+}
 
 // run(T), with the sizes of a tile.
 template <class Element, class Run>

@@ -11,11 +11,6 @@ struct Pieces {
   int positions, segments, segment_length, tokens, reverse;
 };
 
-// Blocks of neighbouring tiles of a result: 1 or 2 along rows and along columns.
-struct ClusterShape {
-  int rows, columns;
-};
-
 // States before chunks and scores inside of them, for `wide_outputs.cuh`.
 struct PrepareParams {
   TiledTensor a, b;           // (B, heads, T, D) and (B, heads, T, E): the state gains aᵀ b
@@ -33,10 +28,8 @@ struct PrepareParams {
   StateStrides carry_strides;
   int sums;  // whether only what a segment adds to the state is wanted, in `carry`
   int batch, heads, d, e, depth, chunk, reverse;
-  int d_tiles, e_tiles;               // of the state
-  ClusterShape of_state, of_scores;   // blocks that share tiles of what they multiply
-  int score_tiles;                    // of a chunk's scores that such blocks make
-  int64_t state_blocks, score_units;  // blocks that make states, and tiles of scores as above
+  int d_tiles, e_tiles, score_tiles;  // of the state, and of a chunk's scores
+  int64_t state_units, score_units;   // pieces of work
 };
 
 // out = r (x S) + P w with what was prepared, or with the transpose of S and P.
@@ -58,10 +51,9 @@ struct WideOutputParams {
   Pieces chunks;
   const float* log_decay;
   int batch, heads, chunk, slots;
-  ClusterShape cluster;
-  int row_tiles;   // of a chunk that such blocks make
-  int last_first;  // whether they begin with the last chunks: those that were prepared last
-  int64_t units;   // tiles of outputs likewise
+  int row_tiles;   // of a chunk
+  int last_first;  // whether the last chunks come first: those that were prepared last
+  int64_t units;   // pieces of work
 };
 
 // Rows and columns of the products' tiles: kSquareTile or kLongTile.
@@ -73,5 +65,7 @@ constexpr WideTile kSquareTile = {192, 192}, kLongTile = {128, 256};
 
 cudaError_t run_prepare_bfloat16(const PrepareParams& p, WideTile tile, cudaStream_t stream);
 cudaError_t run_prepare_float16(const PrepareParams& p, WideTile tile, cudaStream_t stream);
-cudaError_t run_wide_outputs_bfloat16(const WideOutputParams& p, WideTile tile, cudaStream_t stream);
-cudaError_t run_wide_outputs_float16(const WideOutputParams& p, WideTile tile, cudaStream_t stream);
+cudaError_t run_wide_outputs_bfloat16(const WideOutputParams& p, WideTile tile, int multiprocessors,
+                                      cudaStream_t stream);
+cudaError_t run_wide_outputs_float16(const WideOutputParams& p, WideTile tile, int multiprocessors,
+                                     cudaStream_t stream);

@@ -26,20 +26,31 @@ int64_t slots_of(const Pieces& pieces, int64_t batch) {
   return pieces.table == nullptr ? batch * pieces.segments : pieces.positions;
 }
 
-// A tensor (B, heads, T, width) for the copy engine, in boxes of one panel.
-TiledTensor boxes(const Tensor& x, const char* name, const Tensor& like, int64_t heads, int64_t width) {
+// Boxes of a tile of products that is copied at once: rows, and columns of panels.
+struct Boxes {
+  int rows, columns;
+};
+// The left tile and the right one of a stage, with 64 rows or one panel of them.
+Boxes left_across(WideTile tile) { return {64, tile.rows}; }
+Boxes left_down(WideTile tile) { return {tile.rows, 64}; }
+Boxes right_across(WideTile tile) { return {64, tile.columns}; }
+Boxes right_down(WideTile tile) { return {tile.columns, 64}; }
+constexpr Boxes kStored = {64, 64};
+
+// A tensor (B, heads, T, width).
+TiledTensor boxes_of(const Tensor& x, const char* name, const Tensor& like, int64_t heads, int64_t width, Boxes boxes) {
   check_same(x, name, like.scalar_type(), like);
   check_shape(x, name, {like.size(0), x.size(1), like.size(2), width});
-  return tiled(x, name, heads, 64);
+  return tiled(x, name, heads, boxes.columns, boxes.rows);
 }
 
-// The states that chunks hand on, or scores: contiguous, in the inputs' type.
-TiledTensor boxes_of_own(const Tensor& x, const char* name, const Tensor& like,
-                         std::initializer_list<int64_t> expected) {
+// The states that chunks hand on, scores or outputs: contiguous, in the inputs' type.
+TiledTensor boxes_of_own(const Tensor& x, const char* name, const Tensor& like, std::initializer_list<int64_t> expected,
+                         Boxes boxes) {
   check_same(x, name, like.scalar_type(), like);
   check_shape(x, name, expected);
   CHECK(x.is_contiguous(), name, ": expected contiguous");
-  return tiled(x, name, x.size(1), 64);
+  return tiled(x, name, x.size(1), boxes.columns, boxes.rows);
 }
 
 WideTile tile_of(int64_t rows) {
@@ -70,30 +81,29 @@ void wide_prepare(const Tensor& a, const Tensor& b, const Tensor& rows, const Te
   PrepareParams p{};
   p.batch = a.size(0), p.heads = scores.size(1), p.d = a.size(3), p.e = b.size(3), p.depth = rows.size(3);
   p.chunk = chunk, p.reverse = reverse;
-  p.a = boxes(a, "a", a, p.heads, p.d), p.b = boxes(b, "b", a, p.heads, p.e);
-  p.rows = boxes(rows, "rows", a, p.heads, p.depth), p.columns = boxes(columns, "columns", a, p.heads, p.depth);
+  const WideTile tile = tile_of(tile_rows);
+  p.a = boxes_of(a, "a", a, p.heads, p.d, left_across(tile)),
+  p.b = boxes_of(b, "b", a, p.heads, p.e, right_across(tile));
+  p.rows = boxes_of(rows, "rows", a, p.heads, p.depth, left_down(tile));
+  p.columns = boxes_of(columns, "columns", a, p.heads, p.depth, right_down(tile));
   p.segments = pieces_of(segment_table, a, segment_length, reverse);
   p.chunks = pieces_of(chunk_table, a, chunk, reverse);
-  p.scores = boxes_of_own(scores, "scores", a, {p.batch, p.heads, a.size(2), chunk});
+  p.scores = boxes_of_own(scores, "scores", a, {p.batch, p.heads, a.size(2), chunk}, kStored);
   p.score_rows = scores.data_ptr();
   p.log_decay = log_decay_of(log_decay, a, p.heads);
   const int64_t sequences = chunk_table ? 1 : p.batch;
   if (initial) p.initial = state_of(*initial, "initial", a, sequences, p.heads, p.d, p.e, &p.initial_strides);
   if (final) p.final = state_of(*final, "final", a, sequences, p.heads, p.d, p.e, &p.final_strides);
   CHECK(states.has_value() == (p.chunks.segments > 1), "states: expected with more than one chunk");
-  if (states) p.states = boxes_of_own(*states, "states", a, {int64_t(p.batch) * p.chunks.segments, p.heads, p.d, p.e});
-  const WideTile tile = tile_of(tile_rows);
+  if (states)
+    p.states = boxes_of_own(*states, "states", a, {int64_t(p.batch) * p.chunks.segments, p.heads, p.d, p.e}, kStored);
   p.d_tiles = (p.d + tile.rows - 1) / tile.rows, p.e_tiles = (p.e + tile.columns - 1) / tile.columns;
-  p.of_state = {p.d_tiles % 2 == 0 ? 2 : 1, p.e_tiles % 2 == 0 ? 2 : 1};
-  p.of_scores = {p.of_state.rows * p.of_state.columns > 1 ? 2 : 1, 1};
-  const int at_once = p.of_scores.rows * tile.rows;
-  for (int row = 0; row < chunk; row += at_once) p.score_tiles += (row + at_once - 1) / tile.columns + 1;
+  for (int row = 0; row < chunk; row += tile.rows) p.score_tiles += (row + tile.rows - 1) / tile.columns + 1;
   const int64_t slots = slots_of(p.segments, p.batch);
-  p.state_blocks = states || final ? slots * p.heads * p.d_tiles * p.e_tiles : 0;
+  p.state_units = states || final ? slots * p.heads * p.d_tiles * p.e_tiles : 0;
   CHECK(carry.has_value() == (p.segments.segments > 1), "carry: expected with more than one segment");
   const int64_t score_units = slots_of(p.chunks, p.batch) * p.heads * p.score_tiles;
-  CHECK(p.state_blocks + score_units * 2 + 4 < int64_t(1) << 31, "too many pieces of work: ", p.state_blocks, " and ",
-        score_units);
+  CHECK(p.state_units + score_units < int64_t(1) << 31, "too many pieces of work: ", p.state_units + score_units);
   const cudaStream_t stream = stream_of(a);
   if (carry) {
     p.carry = state_of(*carry, "carry", a, 1, p.heads, p.d, p.e, &p.carry_strides);
@@ -136,31 +146,32 @@ struct Outputs {
     WideOutput& of = p.outputs[p.number++];
     of.depth = x.size(3), of.width = w.size(3);
     const int64_t d = transposed ? of.width : of.depth, e = transposed ? of.depth : of.width;
-    of.x = boxes(x, "x", like, p.heads, of.depth), of.w = boxes(w, "w", like, p.heads, of.width);
-    of.scores = boxes_of_own(scores, "scores", like, {p.batch, p.heads, p.chunks.tokens, p.chunk});
-    of.out = boxes_of_own(out, "out", like, {p.batch, p.heads, p.chunks.tokens, of.width});
+    of.x = boxes_of(x, "x", like, p.heads, of.depth, left_down(tile));
+    of.w = boxes_of(w, "w", like, p.heads, of.width, right_across(tile));
+    of.scores = boxes_of_own(scores, "scores", like, {p.batch, p.heads, p.chunks.tokens, p.chunk},
+                             reverse ? left_across(tile) : left_down(tile));
+    of.out = boxes_of_own(out, "out", like, {p.batch, p.heads, p.chunks.tokens, of.width}, kStored);
     of.out_rows = out.data_ptr();
     CHECK(states.has_value() == (p.chunks.segments > 1), "states: expected with more than one chunk");
     of.has_states = states.has_value(), of.has_initial = initial.has_value();
-    if (states)
-      of.states = boxes_of_own(*states, "states", like, {int64_t(p.batch) * p.chunks.segments, p.heads, d, e});
-    if (initial) of.initial = boxes_of_own(*initial, "initial", like, {initial->size(0), p.heads, d, e});
+    const Boxes of_state = transposed ? right_down(tile) : right_across(tile);
+    const int64_t chunks = int64_t(p.batch) * p.chunks.segments;
+    if (states) of.states = boxes_of_own(*states, "states", like, {chunks, p.heads, d, e}, of_state);
+    if (initial) of.initial = boxes_of_own(*initial, "initial", like, {initial->size(0), p.heads, d, e}, of_state);
     of.transposed_state = transposed, of.reverse = reverse;
     of.tiles = (of.width + tile.columns - 1) / tile.columns;
   }
 
   void run() {
-    int tiles = 0;
-    p.cluster = {p.row_tiles > 1 ? 2 : 1, 2};
-    for (int i = 0; i < p.number; ++i)
-      if (p.outputs[i].tiles % 2 != 0) p.cluster.columns = 1;
-    for (int i = 0; i < p.number; ++i) tiles += p.outputs[i].tiles /= p.cluster.columns;
-    p.row_tiles = (p.row_tiles + p.cluster.rows - 1) / p.cluster.rows;
+    int64_t tiles = 0;
+    for (int i = 0; i < p.number; ++i) tiles += p.outputs[i].tiles;
     p.units = int64_t(p.slots) * p.heads * p.row_tiles * tiles;
     CHECK(p.units < int64_t(1) << 31, "too many pieces of work: ", p.units);
+    int multiprocessors = 0;
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, like.get_device_index()));
     const cudaStream_t stream = stream_of(like);
-    check_cuda(like.scalar_type() == ScalarType::BFloat16 ? run_wide_outputs_bfloat16(p, tile, stream)
-                                                          : run_wide_outputs_float16(p, tile, stream));
+    check_cuda(like.scalar_type() == ScalarType::BFloat16 ? run_wide_outputs_bfloat16(p, tile, multiprocessors, stream)
+                                                          : run_wide_outputs_float16(p, tile, multiprocessors, stream));
   }
 };
 

@@ -6,6 +6,7 @@ cudaError_t run_prepare_float16(const PrepareParams& p, WideTile tile, cudaStrea
   return run_prepare<__half>(p, tile, stream);
 }
 
-cudaError_t run_wide_outputs_float16(const WideOutputParams& p, WideTile tile, cudaStream_t stream) {
-  return run_wide_outputs<__half>(p, tile, stream);
+cudaError_t run_wide_outputs_float16(const WideOutputParams& p, WideTile tile, int multiprocessors,
+                                     cudaStream_t stream) {
+  return run_wide_outputs<__half>(p, tile, multiprocessors, stream);
 }

@@ -9,90 +9,87 @@
 
 #include "wide.cuh"
 
-// A tile of one output: rows of a chunk. Blocks that share tiles go through the same stages, of which each multiplies
-// what it needs.
+// Which unit that is; false where there is nothing to do.
 template <class T>
-struct OutputUnit {
+__device__ bool find_unit(const WideOutputParams& p, int index, OutputUnit& unit) {
+  int per_head = 0;
+  for (int i = 0; i < p.number; ++i) per_head += p.outputs[i].tiles;
+  per_head *= p.row_tiles;
+  const int pair = index / per_head;  // chunk and head
+  int rest = index % per_head, output = 0;
+  while (rest >= p.outputs[output].tiles * p.row_tiles) rest -= p.outputs[output++].tiles * p.row_tiles;
+  const WideOutput& of = p.outputs[output];
+  int slot = pair / p.heads;
+  if (p.chunks.table == nullptr) {
+    const int chunk = slot / p.batch;
+    slot = slot % p.batch * p.chunks.segments + (p.last_first ? p.chunks.segments - 1 - chunk : chunk);
+  }
+  // Rows of a chunk in turn, so that no block gets all the longest ones.
+  const int first = (rest / of.tiles + pair / (p.heads * p.batch)) % p.row_tiles * T::kRows;
   Work work;
-  int output, head, row_tile, column_tile;
-  int first;                // row in the chunk
-  int state;                // where the state lies that is read, or -1
-  bool initial;             // which is that of the sequence
-  int first_block, blocks;  // of 64 tokens, whose values scores weigh
-  bool used;
-
-  __device__ OutputUnit(const WideOutputParams& p, const Place& place, int64_t index) {
-    int per_head = 0;
-    for (int i = 0; i < p.number; ++i) per_head += p.outputs[i].tiles;
-    per_head *= p.row_tiles;
-    const int pair = index / per_head;  // chunk and head
-    int rest = index % per_head;
-    output = 0;
-    while (rest >= p.outputs[output].tiles * p.row_tiles) rest -= p.outputs[output++].tiles * p.row_tiles;
-    const WideOutput& of = p.outputs[output];
-    head = pair % p.heads;
-    column_tile = rest % of.tiles * place.shape.columns + place.column;
-    int slot = pair / p.heads;
-    if (p.chunks.table == nullptr) {
-      const int chunk = slot / p.batch;
-      slot = slot % p.batch * p.chunks.segments + (p.last_first ? p.chunks.segments - 1 - chunk : chunk);
-    }
-    // Rows of a chunk in turn, so that no block gets all the longest ones.
-    const int rows = place.shape.rows, rotated = (rest / of.tiles + pair / (p.heads * p.batch)) % p.row_tiles;
-    const int first_of_all = rotated * rows * T::kRows;
-    used = find_work(p.chunks, slot, work) && first_of_all < work.length;
-    if (!used) return;
-    row_tile = rotated * rows + place.row;
-    first = row_tile * T::kRows;
-    const bool begins = of.reverse ? work.last : work.first;
-    initial = begins && of.has_initial;
-    state = initial ? work.sequence : begins ? -1 : work.carry + (of.reverse ? 1 : -1);
-    const int all = (work.length + 63) / 64;
-    first_block = of.reverse ? first_of_all / 64 : 0;
-    blocks = of.reverse ? all - first_block : min(all, first_of_all / 64 + rows * T::kGroups);
-  }
-  // Whether rows of a warpgroup see values of a block.
-  __device__ bool sees(int group, int block, bool reverse) const {
-    const int own = first / 64 + group;
-    return own * 64 < work.length && (reverse ? block >= own : block <= own);
-  }
-};
+  if (!find_work(p.chunks, slot, work) || first >= work.length) return false;
+  unit.output = output;
+  unit.head = pair % p.heads;
+  unit.batch = work.batch;
+  unit.column_tile = rest % of.tiles;
+  unit.start = work.start, unit.length = work.length;
+  unit.first = first;
+  const bool begins = of.reverse ? work.last : work.first;
+  unit.initial = begins && of.has_initial;
+  unit.state = unit.initial ? work.sequence : begins ? -1 : work.carry + (of.reverse ? 1 : -1);
+  const int all = (work.length + 63) / 64, own = first / 64;
+  unit.first_block = of.reverse ? own : 0;
+  unit.blocks = of.reverse ? all - own : min(all, own + T::kGroups);
+  unit.log_lambda = decay_of(work, p.log_decay, unit.head);
+  return true;
+}
 
 template <class T>
-__device__ void produce_outputs(const WideOutputParams& p, WideShared<T>& shared, const Place& place) {
-  Producer<T> me(shared, place);
-  const int clusters = gridDim.x / (place.shape.rows * place.shape.columns);
-  for (int64_t index = blockIdx.x / (place.shape.rows * place.shape.columns); index < p.units; index += clusters) {
-    const OutputUnit<T> unit(p, place, index);
-    if (!unit.used) continue;
-    const WideOutput& of = p.outputs[unit.output];
-    const int start = unit.work.start, batch = unit.work.batch;
-    if (unit.state >= 0) {
-      const HeadOf x(of.x, unit.head, batch), state(unit.initial ? of.initial : of.states, unit.head, unit.state);
-      for (int panel = 0; panel * kPanel < of.depth; ++panel) {
-        const int stage = me.claim();
-        me.left(stage, x, panel, start + unit.first, false);
-        if (of.transposed_state)
-          me.right(stage, state, panel, unit.column_tile * T::kN, false);
-        else
-          me.right(stage, state, unit.column_tile * T::kPanels, panel * kPanel, true);
-      }
-    }
-    const HeadOf scores(of.scores, unit.head, batch), w(of.w, unit.head, batch);
-    for (int i = 0; i < unit.blocks; ++i) {
-      const int block = unit.first_block + i;
-      int seen = 0, first = T::kGroups, end = 0;  // by which warpgroups
-#pragma unroll
-      for (int group = 0; group < T::kGroups; ++group)
-        if (unit.sees(group, block, of.reverse)) ++seen, first = min(first, group), end = group + 1;
-      const int stage = me.claim(seen + T::kPanels);
-      if (of.reverse)
-        me.left(stage, scores, unit.first / 64, start + block * 64, true, first, end);
+__device__ void produce_output(const WideOutputParams& p, Producer<T>& me, const OutputUnit& unit) {
+  const WideOutput& of = p.outputs[unit.output];
+  if (unit.state >= 0) {
+    const HeadOf x(of.x, unit.head, unit.batch), state(unit.initial ? of.initial : of.states, unit.head, unit.state);
+    const int columns = unit.column_tile * T::kPanels, token = unit.start + unit.first;
+    for (int panel = 0; panel * kPanel < of.depth; ++panel) {
+      const int stage = me.claim();
+      me.left(stage, x, panel, token, false);
+      if (of.transposed_state)
+        me.right(stage, state, panel, columns * kPanel, false);
       else
-        me.left(stage, scores, block, start + unit.first, false, first, end);
-      me.right(stage, w, unit.column_tile * T::kPanels, start + block * 64, true);
+        me.right(stage, state, columns, panel * kPanel, true);
     }
   }
+  const HeadOf scores(of.scores, unit.head, unit.batch), w(of.w, unit.head, unit.batch);
+  for (int i = 0; i < unit.blocks; ++i) {
+    const int stage = me.claim(), block = unit.first_block + i;
+    if (of.reverse)
+      me.left(stage, scores, unit.first / 64, unit.start + block * 64, true);
+    else
+      me.left(stage, scores, block, unit.start + unit.first, false);
+    me.right(stage, w, unit.column_tile * T::kPanels, unit.start + block * 64, true);
+  }
+}
+
+// Units are found by the thread that copies, which tells them to the others.
+template <class T>
+__device__ void produce_outputs(const WideOutputParams& p, WideShared<T>& shared) {
+  Producer<T> me{shared};
+  int number = 0;
+  const auto tell = [&](const OutputUnit& unit) {
+    const int place = number % 2;
+    if (number >= 2) shared.unit_empty[place].wait(parity(number, 2) ^ 1);
+    ++number;
+    shared.units[place] = unit;
+    shared.unit_full[place].arrive();
+  };
+  OutputUnit unit;
+  for (int64_t index = blockIdx.x; index < p.units; index += gridDim.x) {
+    if (!find_unit<T>(p, index, unit)) continue;
+    tell(unit);
+    produce_output(p, me, unit);
+  }
+  unit.output = -1;
+  tell(unit);
 }
 
 template <class T>
@@ -101,8 +98,8 @@ struct WideOutputMaker : Consumer<T> {
   const WideOutputParams& p;
   bool spoiled = false;  // whether values were found that are not finite
 
-  __device__ WideOutputMaker(const WideOutputParams& p, WideShared<T>& shared, const Place& place, int group)
-      : Consumer<T>(shared, place, group), p(p) {}
+  __device__ WideOutputMaker(const WideOutputParams& p, WideShared<T>& shared, int group)
+      : Consumer<T>(shared, group), p(p) {}
 
   // Looks at values of tokens that some rows of this tile must not see, before they are multiplied: masked scores are
   // 0, and 0 · NaN is NaN.
@@ -168,17 +165,16 @@ struct WideOutputMaker : Consumer<T> {
     spoiled = false;
   }
 
-  __device__ void make(const OutputUnit<T>& unit) {
+  __device__ void make(const OutputUnit& unit) {
     const WideOutput& of = p.outputs[unit.output];
-    const int length = unit.work.length, own = unit.first / 64;
+    const int length = unit.length, own = unit.first / 64;
     const bool reverse = of.reverse;
     this->clear();
     if (unit.state >= 0) {
       const int panels = (of.depth + kPanel - 1) / kPanel;
       const auto nothing = [](int) {};
-      const float log_lambda = decay_of(unit.work, p.log_decay, unit.head);
       const int row = unit.first + this->group * 64 + Lane().row;
-      const auto reads = [&](int i) { return power(log_lambda, reverse ? max(length - 1 - i, 0) : i + 1); };
+      const auto reads = [&](int i) { return power(unit.log_lambda, reverse ? max(length - 1 - i, 0) : i + 1); };
       const float above = reads(row), below = reads(row + 8);
       if (of.transposed_state) {
         this->template multiply<0, 0>(panels, nothing);
@@ -207,21 +203,24 @@ struct WideOutputMaker : Consumer<T> {
       this->pass_by(unit.blocks - seen, inspect);
     }
     if (spoiled) spoil(unit.first, reverse);
-    const int token = unit.work.start + unit.first;
+    const int token = unit.start + unit.first;
     Element* rows = static_cast<Element*>(of.out_rows) +
-                    ((int64_t(unit.work.batch) * p.heads + unit.head) * p.chunks.tokens + token) * of.width;
-    this->put_out(HeadOf(of.out, unit.head, unit.work.batch), unit.column_tile * T::kPanels, token,
+                    ((int64_t(unit.batch) * p.heads + unit.head) * p.chunks.tokens + token) * of.width;
+    this->put_out(HeadOf(of.out, unit.head, unit.batch), unit.column_tile * T::kPanels, token,
                   {0, length - unit.first, p.chunks.table != nullptr}, rows, of.width);
   }
 };
 
 template <class T>
-__device__ void consume_outputs(const WideOutputParams& p, WideShared<T>& shared, const Place& place, int group) {
-  WideOutputMaker<T> me(p, shared, place, group);
-  const int clusters = gridDim.x / (place.shape.rows * place.shape.columns);
-  for (int64_t index = blockIdx.x / (place.shape.rows * place.shape.columns); index < p.units; index += clusters) {
-    const OutputUnit<T> unit(p, place, index);
-    if (unit.used) me.make(unit);
+__device__ void consume_outputs(const WideOutputParams& p, WideShared<T>& shared, int group) {
+  WideOutputMaker<T> me(p, shared, group);
+  for (int number = 0;; ++number) {
+    const int place = number % 2;
+    shared.unit_full[place].wait(parity(number, 2));
+    const OutputUnit& unit = shared.units[place];
+    if (unit.output < 0) return;
+    me.make(unit);
+    arrive_as_warp(shared.unit_empty[place]);
   }
 }
 
@@ -229,21 +228,14 @@ template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1) wide_outputs_kernel(const __grid_constant__ WideOutputParams p) {
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<WideShared<T>*>(memory);
-  const Place place(p.cluster);
-  init_barriers(shared, place);
-  by_role<T>([&] { produce_outputs<T>(p, shared, place); },
-             [&](int group) { consume_outputs<T>(p, shared, place, group); });
+  init_barriers(shared);
+  by_role<T>([&] { produce_outputs<T>(p, shared); }, [&](int group) { consume_outputs<T>(p, shared, group); });
 }
 
 template <class Element>
-cudaError_t run_wide_outputs(const WideOutputParams& p, WideTile tile, cudaStream_t stream) {
+cudaError_t run_wide_outputs(const WideOutputParams& p, WideTile tile, int multiprocessors, cudaStream_t stream) {
   return with_wide<Element>(tile, [&](auto sizes) {
     using T = decltype(sizes);
-    const int blocks = p.cluster.rows * p.cluster.columns;
-    WideLaunch<T> launch(blocks, stream);
-    int clusters = 0;
-    const cudaError_t error = launch.clusters_at_once(wide_outputs_kernel<T>, &clusters);
-    if (error != cudaSuccess) return error;
-    return launch(wide_outputs_kernel<T>, p, std::min<int64_t>(p.units, clusters) * blocks);
+    return launch_wide<T>(wide_outputs_kernel<T>, p, std::min<int64_t>(p.units, multiprocessors), stream);
   });
 }

@@ -13,10 +13,9 @@ struct StateUnit {
   int chunks, walked;  // of the segment, and how many of them count
   bool used;
 
-  __device__ StateUnit(const PrepareParams& p, const Place& place, int block) {
-    const int blocks = place.shape.rows * place.shape.columns, unit = block / blocks;
-    const int across = p.e_tiles / place.shape.columns, tiles = p.d_tiles * p.e_tiles / blocks, tile = unit % tiles;
-    d_tile = tile / across * place.shape.rows + place.row, e_tile = tile % across * place.shape.columns + place.column;
+  __device__ StateUnit(const PrepareParams& p, int unit) {
+    const int tiles = p.d_tiles * p.e_tiles, tile = unit % tiles;
+    d_tile = tile / p.e_tiles, e_tile = tile % p.e_tiles;
     head = unit / tiles % p.heads;
     used = find_work(p.segments, unit / tiles / p.heads, work) && !(p.sums && work.last);
     chunks = used ? (work.length + p.chunk - 1) / p.chunk : 0;
@@ -32,32 +31,25 @@ struct StateUnit {
   }
 };
 
-// A tile of a chunk's scores. `used` says whether blocks that share tiles with it have any that are not all masked.
+// A tile of a chunk's scores, of those that are not all masked.
 template <class T>
 struct ScoreUnit {
   Work work;
   int head, row_tile = 0, column_tile;
   bool used;
 
-  __device__ ScoreUnit(const PrepareParams& p, const Place& place, int block) {
-    const int rows = place.shape.rows * T::kRows, unit = block / place.shape.rows;
+  __device__ ScoreUnit(const PrepareParams& p, int unit) {
     column_tile = unit % p.score_tiles;
-    for (int columns; column_tile >= (columns = columns_of(row_tile, rows)); ++row_tile) column_tile -= columns;
+    for (int columns; column_tile >= (columns = columns_of(row_tile)); ++row_tile) column_tile -= columns;
     head = unit / p.score_tiles % p.heads;
-    used = unit < p.score_units && find_work(p.chunks, unit / p.score_tiles / p.heads, work) &&
-           row_tile * rows < work.length;
-    row_tile = row_tile * place.shape.rows + place.row;
+    used = find_work(p.chunks, unit / p.score_tiles / p.heads, work) && row_tile * T::kRows < work.length;
   }
-  __device__ static int columns_of(int row, int rows) { return (row * rows + rows - 1) / T::kN + 1; }
-  __device__ bool masked() const {
-    return row_tile * T::kRows >= work.length || column_tile * T::kN >= (row_tile + 1) * T::kRows;
-  }
+  __device__ static int columns_of(int row_tile) { return (row_tile * T::kRows + T::kRows - 1) / T::kN + 1; }
 };
 
 template <class T>
-__device__ void produce_state(const PrepareParams& p, WideShared<T>& shared, const Place& place,
-                              const StateUnit& unit) {
-  Producer<T> me(shared, place);
+__device__ void produce_state(const PrepareParams& p, WideShared<T>& shared, const StateUnit& unit) {
+  Producer<T> me{shared};
   const HeadOf a(p.a, unit.head, unit.work.batch), b(p.b, unit.head, unit.work.batch);
   for (int i = 0; i < unit.walked; ++i) {
     const int start = unit.start(p, i), n = unit.tokens(p, start);
@@ -70,9 +62,8 @@ __device__ void produce_state(const PrepareParams& p, WideShared<T>& shared, con
 }
 
 template <class T>
-__device__ void produce_scores(const PrepareParams& p, WideShared<T>& shared, const Place& place,
-                               const ScoreUnit<T>& unit) {
-  Producer<T> me(shared, place);
+__device__ void produce_scores(const PrepareParams& p, WideShared<T>& shared, const ScoreUnit<T>& unit) {
+  Producer<T> me{shared};
   const HeadOf rows(p.rows, unit.head, unit.work.batch), columns(p.columns, unit.head, unit.work.batch);
   for (int panel = 0; panel * kPanel < p.depth; ++panel) {
     const int stage = me.claim();
@@ -92,9 +83,8 @@ struct StateMaker : Consumer<T> {
   const float log_lambda;
   int weighed = 0;  // for chunks of how many tokens the weights are
 
-  __device__ StateMaker(const PrepareParams& p, WideShared<T>& shared, const Place& place, int group,
-                        const StateUnit& unit)
-      : Consumer<T>(shared, place, group), p(p), unit(unit), log_lambda(decay_of(unit.work, p.log_decay, unit.head)) {}
+  __device__ StateMaker(const PrepareParams& p, WideShared<T>& shared, int group, const StateUnit& unit)
+      : Consumer<T>(shared, group), p(p), unit(unit), log_lambda(decay_of(unit.work, p.log_decay, unit.head)) {}
 
   // For each pair of neighbours that this thread has of the tile, in a state of these strides: visit(first, second).
   template <class Value, class Visit>
@@ -205,16 +195,13 @@ struct StateMaker : Consumer<T> {
 
 // Scores times λ^(i-j); chosen, not multiplied where masked: 0 · NaN is NaN.
 template <class T>
-__device__ void make_scores(const PrepareParams& p, WideShared<T>& shared, const Place& place, int group,
-                            const ScoreUnit<T>& unit) {
-  Consumer<T> me(shared, place, group);
-  const bool masked = unit.masked();
+__device__ void make_scores(const PrepareParams& p, WideShared<T>& shared, int group, const ScoreUnit<T>& unit) {
+  Consumer<T> me(shared, group);
   const float log_lambda = decay_of(unit.work, p.log_decay, unit.head);
   for (int i = threadIdx.x; i < p.chunk; i += T::kConsumers) shared.weights[i] = power(log_lambda, i);
   me.sync();
   const int panels = (p.depth + kPanel - 1) / kPanel;
   const auto nothing = [](int) {};
-  if (masked) return me.pass_by(panels, nothing);
   me.clear();
   me.template multiply<0, 0>(panels, nothing);
   const Lane at;
@@ -237,20 +224,17 @@ template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1) prepare_kernel(const __grid_constant__ PrepareParams p) {
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<WideShared<T>*>(memory);
-  if (blockIdx.x < p.state_blocks) {  // first, since they take longest
-    const Place place(p.of_state);
-    const StateUnit unit(p, place, blockIdx.x);
+  if (blockIdx.x < p.state_units) {  // first, since they take longest
+    const StateUnit unit(p, blockIdx.x);
     if (!unit.used) return;
-    init_barriers(shared, place);
-    by_role<T>([&] { produce_state<T>(p, shared, place, unit); },
-               [&](int group) { StateMaker<T>(p, shared, place, group, unit).walk(); });
+    init_barriers(shared);
+    by_role<T>([&] { produce_state<T>(p, shared, unit); },
+               [&](int group) { StateMaker<T>(p, shared, group, unit).walk(); });
   } else {
-    const Place place(p.of_scores);
-    const ScoreUnit<T> unit(p, place, blockIdx.x - p.state_blocks);
+    const ScoreUnit<T> unit(p, blockIdx.x - p.state_units);
     if (!unit.used) return;
-    init_barriers(shared, place);
-    by_role<T>([&] { produce_scores<T>(p, shared, place, unit); },
-               [&](int group) { make_scores<T>(p, shared, place, group, unit); });
+    init_barriers(shared);
+    by_role<T>([&] { produce_scores<T>(p, shared, unit); }, [&](int group) { make_scores<T>(p, shared, group, unit); });
   }
 }
 
@@ -258,8 +242,7 @@ template <class Element>
 cudaError_t run_prepare(const PrepareParams& p, WideTile tile, cudaStream_t stream) {
   return with_wide<Element>(tile, [&](auto sizes) {
     using T = decltype(sizes);
-    const int cluster = p.of_state.rows * p.of_state.columns;
-    const int64_t blocks = p.state_blocks + (p.score_units * p.of_scores.rows + cluster - 1) / cluster * cluster;
-    return blocks == 0 ? cudaSuccess : WideLaunch<T>(cluster, stream)(prepare_kernel<T>, p, blocks);
+    const int64_t blocks = p.state_units + p.score_units;
+    return blocks == 0 ? cudaSuccess : launch_wide<T>(prepare_kernel<T>, p, blocks, stream);
   });
 }
