@@ -30,6 +30,7 @@ struct PrepareParams {
   int batch, heads, d, e, depth, chunk, reverse;
   int d_tiles, e_tiles, score_tiles;  // of the state, and of a chunk's scores
   int64_t state_units, score_units;   // pieces of work
+  int* ticket;                        // set to 0, for the outputs that follow
 };
 
 // out = r (x S) + P w with what was prepared, or with the transpose of S and P.
@@ -54,6 +55,7 @@ struct WideOutputParams {
   int row_tiles;   // of a chunk
   int last_first;  // whether the last chunks come first: those that were prepared last
   int64_t units;   // pieces of work
+  int* ticket;     // how many of them were taken, 0 at first
 };
 
 // Rows and columns of the products' tiles: kSquareTile or kLongTile.

@@ -59,6 +59,12 @@ WideTile tile_of(int64_t rows) {
   return rows == kSquareTile.rows ? kSquareTile : kLongTile;
 }
 
+int* ticket_of(const Tensor& ticket, const Tensor& like) {
+  check_same(ticket, "ticket", ScalarType::Int, like);
+  check_shape(ticket, "ticket", {1});
+  return static_cast<int*>(ticket.data_ptr());
+}
+
 void check_chunk(const Tensor& x, int64_t chunk) {
   CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half, "expected bfloat16 or float16");
   CHECK(chunk <= kMostChunk, "chunk: expected at most ", kMostChunk, ", got ", chunk);
@@ -73,8 +79,8 @@ void wide_prepare(const Tensor& a, const Tensor& b, const Tensor& rows, const Te
                   const std::optional<Tensor>& log_decay, const std::optional<Tensor>& initial,
                   const std::optional<Tensor>& segment_table, const std::optional<Tensor>& chunk_table,
                   const std::optional<Tensor>& carry, const std::optional<Tensor>& states, const Tensor& scores,
-                  const std::optional<Tensor>& final, int64_t segment_length, int64_t chunk, int64_t tile_rows,
-                  bool reverse) {
+                  const std::optional<Tensor>& final, const Tensor& ticket, int64_t segment_length, int64_t chunk,
+                  int64_t tile_rows, bool reverse) {
   const GuardForMaps guard(a.get_device_index());
   check_chunk(a, chunk);
   CHECK(segment_length % chunk == 0, "segment_length: expected a multiple of ", chunk, ", got ", segment_length);
@@ -91,6 +97,7 @@ void wide_prepare(const Tensor& a, const Tensor& b, const Tensor& rows, const Te
   p.scores = boxes_of_own(scores, "scores", a, {p.batch, p.heads, a.size(2), chunk}, kStored);
   p.score_rows = scores.data_ptr();
   p.log_decay = log_decay_of(log_decay, a, p.heads);
+  p.ticket = ticket_of(ticket, a);
   const int64_t sequences = chunk_table ? 1 : p.batch;
   if (initial) p.initial = state_of(*initial, "initial", a, sequences, p.heads, p.d, p.e, &p.initial_strides);
   if (final) p.final = state_of(*final, "final", a, sequences, p.heads, p.d, p.e, &p.final_strides);
@@ -129,13 +136,14 @@ struct Outputs {
   const Tensor& like;
   const WideTile tile;
 
-  Outputs(const Tensor& q, const std::optional<Tensor>& log_decay, const std::optional<Tensor>& table, int64_t heads,
-          int64_t chunk, int64_t tile_rows)
+  Outputs(const Tensor& q, const std::optional<Tensor>& log_decay, const std::optional<Tensor>& table,
+          const Tensor& ticket, int64_t heads, int64_t chunk, int64_t tile_rows)
       : like(q), tile(tile_of(tile_rows)) {
     check_chunk(q, chunk);
     p.batch = q.size(0), p.heads = heads, p.chunk = chunk;
     p.chunks = pieces_of(table, q, chunk, false);
     p.log_decay = log_decay_of(log_decay, q, p.heads);
+    p.ticket = ticket_of(ticket, q);
     p.slots = slots_of(p.chunks, p.batch);
     p.row_tiles = (std::min<int64_t>(chunk, p.chunks.tokens) + tile.rows - 1) / tile.rows;
   }
@@ -177,10 +185,10 @@ struct Outputs {
 
 void wide_forward(const Tensor& q, const Tensor& v, const std::optional<Tensor>& log_decay,
                   const std::optional<Tensor>& table, const std::optional<Tensor>& states,
-                  const std::optional<Tensor>& initial, const Tensor& scores, const Tensor& out, int64_t chunk,
-                  int64_t tile_rows) {
+                  const std::optional<Tensor>& initial, const Tensor& scores, const Tensor& out, const Tensor& ticket,
+                  int64_t chunk, int64_t tile_rows) {
   const GuardForMaps guard(q.get_device_index());
-  Outputs outputs(q, log_decay, table, out.size(1), chunk, tile_rows);
+  Outputs outputs(q, log_decay, table, ticket, out.size(1), chunk, tile_rows);
   outputs.p.last_first = true;
   outputs.add(q, v, states, initial, scores, out, false, false);
   outputs.run();
@@ -190,10 +198,10 @@ void wide_backward(const Tensor& grad_o, const Tensor& q, const Tensor& k, const
                    const std::optional<Tensor>& log_decay, const std::optional<Tensor>& table,
                    const std::optional<Tensor>& states, const std::optional<Tensor>& initial, const Tensor& scores,
                    const std::optional<Tensor>& grad_states, const std::optional<Tensor>& grad_final,
-                   const Tensor& grad_scores, const Tensor& dq, const Tensor& dk, const Tensor& dv, int64_t chunk,
-                   int64_t tile_rows) {
+                   const Tensor& grad_scores, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                   const Tensor& ticket, int64_t chunk, int64_t tile_rows) {
   const GuardForMaps guard(q.get_device_index());
-  Outputs outputs(q, log_decay, table, dq.size(1), chunk, tile_rows);
+  Outputs outputs(q, log_decay, table, ticket, dq.size(1), chunk, tile_rows);
   outputs.add(grad_o, k, states, initial, grad_scores, dq, true, false);
   outputs.add(v, q, grad_states, grad_final, grad_scores, dk, true, true);
   outputs.add(k, grad_o, grad_states, grad_final, scores, dv, false, true);
@@ -206,14 +214,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transnormer_kernels, m) {
   m.def(
       "wide_prepare(Tensor a, Tensor b, Tensor rows, Tensor columns, Tensor? log_decay, Tensor? initial,"
       " Tensor? segment_table, Tensor? chunk_table, Tensor(a!)? carry, Tensor(b!)? states, Tensor(c!) scores,"
-      " Tensor(d!)? final, int segment_length, int chunk, int tile_rows, bool reverse) -> ()");
+      " Tensor(d!)? final, Tensor(e!) ticket, int segment_length, int chunk, int tile_rows, bool reverse) -> ()");
   m.def(
       "wide_forward(Tensor q, Tensor v, Tensor? log_decay, Tensor? table, Tensor? states, Tensor? initial,"
-      " Tensor scores, Tensor(a!) out, int chunk, int tile_rows) -> ()");
+      " Tensor scores, Tensor(a!) out, Tensor(b!) ticket, int chunk, int tile_rows) -> ()");
   m.def(
       "wide_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? table, Tensor? states,"
       " Tensor? initial, Tensor scores, Tensor? grad_states, Tensor? grad_final, Tensor grad_scores, Tensor(a!) dq,"
-      " Tensor(b!) dk, Tensor(c!) dv, int chunk, int tile_rows) -> ()");
+      " Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) ticket, int chunk, int tile_rows) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transnormer_kernels, CUDA, m) {

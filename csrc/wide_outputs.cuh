@@ -24,8 +24,7 @@ __device__ bool find_unit(const WideOutputParams& p, int index, OutputUnit& unit
     const int chunk = slot / p.batch;
     slot = slot % p.batch * p.chunks.segments + (p.last_first ? p.chunks.segments - 1 - chunk : chunk);
   }
-  // Rows of a chunk in turn, so that no block gets all the longest ones.
-  const int first = (rest / of.tiles + pair / (p.heads * p.batch)) % p.row_tiles * T::kRows;
+  const int first = rest / of.tiles * T::kRows;
   Work work;
   if (!find_work(p.chunks, slot, work) || first >= work.length) return false;
   unit.output = output;
@@ -70,7 +69,8 @@ __device__ void produce_output(const WideOutputParams& p, Producer<T>& me, const
   }
 }
 
-// Units are found by the thread that copies, which tells them to the others.
+// Units are found by the thread that copies, which tells them to the others. They are taken in order, so that those at
+// work at a time are neighbours, which read the same.
 template <class T>
 __device__ void produce_outputs(const WideOutputParams& p, WideShared<T>& shared) {
   Producer<T> me{shared};
@@ -83,7 +83,7 @@ __device__ void produce_outputs(const WideOutputParams& p, WideShared<T>& shared
     shared.unit_full[place].arrive();
   };
   OutputUnit unit;
-  for (int64_t index = blockIdx.x; index < p.units; index += gridDim.x) {
+  for (int index; (index = atomicAdd(p.ticket, 1)) < p.units;) {
     if (!find_unit<T>(p, index, unit)) continue;
     tell(unit);
     produce_output(p, me, unit);

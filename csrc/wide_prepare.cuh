@@ -224,6 +224,7 @@ template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1) prepare_kernel(const __grid_constant__ PrepareParams p) {
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<WideShared<T>*>(memory);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.ticket = 0;
   if (blockIdx.x < p.state_units) {  // first, since they take longest
     const StateUnit unit(p, blockIdx.x);
     if (!unit.used) return;

@@ -61,10 +61,10 @@ def forward(
     """o (B, H, T, E); fills `final` and `prepared`. Tensors are as `for_kernel` makes them."""
     chunk, rows = _chunk(q, v), _tile(q, v)[0]
     table = cut(q, chunk, chunk, cu_seqlens).table
-    _prepare(k, v, q, k, log_decay, initial, cu_seqlens, table, final, prepared, reverse=False)
+    ticket = _prepare(k, v, q, k, log_decay, initial, cu_seqlens, table, final, prepared, reverse=False)
     out = v.new_empty((*q.shape[:3], v.shape[3]))
     torch.ops.transnormer_kernels.wide_forward(
-        q, v, log_decay, table, _states(prepared), _rounded(initial, q), prepared.scores, out, chunk, rows
+        q, v, log_decay, table, _states(prepared), _rounded(initial, q), prepared.scores, out, ticket, chunk, rows
     )
     return out
 
@@ -85,11 +85,11 @@ def backward(
     chunk, rows = _chunk(q, v), _tile(q, v)[0]
     table = cut(q, chunk, chunk, cu_seqlens).table
     of_grads = empty_prepared(q, v)
-    _prepare(q, do, do, v, log_decay, grad_state, cu_seqlens, table, grad_initial, of_grads, reverse=True)
+    ticket = _prepare(q, do, do, v, log_decay, grad_state, cu_seqlens, table, grad_initial, of_grads, reverse=True)
     dq, dk, dv = (x.new_empty((*q.shape[:3], x.shape[3])) for x in (q, k, v))
     torch.ops.transnormer_kernels.wide_backward(
         do, q, k, v, log_decay, table, _states(prepared), _rounded(initial, q), prepared.scores, _states(of_grads),
-        _rounded(grad_state, q), of_grads.scores, dq, dk, dv, chunk, rows,
+        _rounded(grad_state, q), of_grads.scores, dq, dk, dv, ticket, chunk, rows,
     )  # fmt: skip
     return dq, sum_groups(dk, k.shape[1]), sum_groups(dv, v.shape[1])
 
@@ -107,8 +107,8 @@ def _prepare(
     prepared: Prepared,
     *,
     reverse: bool,
-) -> None:
-    """States that gain aᵀ b for each token, and scores of rows and columns."""
+) -> Tensor:
+    """States that gain aᵀ b for each token, and scores of rows and columns. Returns the ticket for outputs."""
     batch, tokens, heads = a.shape[0], a.shape[2], prepared.scores.shape[1]
     chunk, (tile_rows, tile_columns) = _chunk(a, b), _tile(a, b)
     tiles = -(-a.shape[3] // tile_rows) * -(-b.shape[3] // tile_columns)
@@ -116,10 +116,12 @@ def _prepare(
     carry = None
     if segments.number > 1:
         carry = a.new_empty((batch * segments.number, heads, a.shape[3], b.shape[3]), dtype=torch.float32)
+    ticket = a.new_empty(1, dtype=torch.int32)
     torch.ops.transnormer_kernels.wide_prepare(
         a, b, rows, columns, log_decay, initial, segments.table, table, carry, _states(prepared), prepared.scores,
-        final, segments.length, chunk, tile_rows, reverse,
+        final, ticket, segments.length, chunk, tile_rows, reverse,
     )  # fmt: skip
+    return ticket
 
 
 def _states(prepared: Prepared) -> Tensor | None:
