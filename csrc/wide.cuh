@@ -1,4 +1,4 @@
-// Large products for wide heads: what states, scores and outputs of `wide_pass.cuh` share.
+// Large products for wide heads: what `wide_prepare.cuh` and `wide_outputs.cuh` share.
 //
 // One warp copies tiles to a ring of stages, 64 deep along the sum of the product, and two or three warpgroups multiply
 // them: 64 rows each, all columns. Every tile is boxes of 64 rows of 64 columns as the copy engine brings them,
@@ -29,28 +29,16 @@ struct Wide {
   static constexpr int kConsumerRegisters = kGroups == 2 ? 224 : 152, kProducerRegisters = 56;
 };
 
-// A piece of work.
-enum class Make : int {
-  kState,   // a tile of a state, along a segment
-  kScores,  // a tile of a chunk's scores
-  kOutput,  // a tile of an output of a chunk
-  kNothing,
-  kEnd,
-};
-struct WideUnit {
-  Make make;
-  int head, batch;
-  float log_lambda;
-  int start, length;  // of the segment, or the chunk
-  int row_tile, column_tile;
-  int slot;                 // of the segment or the chunk, in the list of all
-  int first, last;          // of its sequence, in the direction of the pass
-  int sequence, carry;      // as in Work
-  int output;               // which
-  int state;                // where the state lies that an output reads, or -1
+// A tile of one output: rows of a chunk.
+struct OutputUnit {
+  int output;  // which, or -1 behind the last unit
+  int head, batch, column_tile;
+  int start, length;        // of the chunk
+  int first;                // row in the chunk
+  int state;                // where the state lies that is read, or -1
   int initial;              // whether that is the first one of a sequence
   int first_block, blocks;  // of 64 tokens, whose values scores weigh
-  int score_parts;          // of its chunk, that there are
+  float log_lambda;
 };
 
 template <class T>
@@ -62,7 +50,7 @@ struct alignas(1024) WideShared {
     int bad[T::kN];  // of each column, the token from which on it is not finite, in the direction of the pass
   };
   Barrier full[T::kStages], empty[T::kStages];
-  WideUnit units[2];  // of which one is being worked on
+  OutputUnit units[2];  // of which one is being worked on
   Barrier unit_full[2], unit_empty[2];
 };
 
@@ -90,18 +78,9 @@ struct HeadOf {
       : tensor(tensor), head(head / tensor.group), row(batch * tensor.batch) {}
 };
 
-// Says that a part has been stored, by the thread whose stores they are, and waits for so many. The copy engine wrote
-// them, and will read them.
-__device__ inline void announce_stores(int* done) {
-  asm volatile("cp.async.bulk.wait_group 0;\nfence.proxy.async;" ::: "memory");
-  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(done) : "memory");
-}
-__device__ inline void wait_for_parts(const int* done, int parts) {
-  int seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(seen) : "l"(done) : "memory");
-  } while (seen < parts);
-  asm volatile("fence.proxy.async;" ::: "memory");
+// log λ of a head, or NaN.
+__device__ inline float decay_of(const Work& work, const float* log_decay, int head) {
+  return work.valid ? log_decay_of(log_decay, head) : CUDART_NAN_F;
 }
 
 // The one thread that copies. All warpgroups wait for it: a stage is two copies, where panels are whole.
@@ -251,7 +230,6 @@ struct Consumer {
             *reinterpret_cast<uint4*>(static_cast<Element*>(rows) + int64_t(group * 64 + i) * width + column +
                                       piece * 8) = load_piece(shared_address(staged) + piece_offset(i, piece));
         }
-        __threadfence();
         sync_threads(2 + group, kWarpgroup);
       } else if (at.thread == 0) {
         store_box(to.tensor.map, staged, Keep::kNormal,
@@ -275,4 +253,21 @@ __device__ void by_role(Produce produce, Consume consume) {
     consume(group);
     if (threadIdx.x % kWarpgroup == 0) wait_for_stores();
   }
+}
+
+template <class T, class Params>
+cudaError_t launch_wide(void (*kernel)(Params), const Params& p, int64_t blocks, cudaStream_t stream) {
+  constexpr int kBytes = sizeof(WideShared<T>);
+  static_assert(kBytes <= 227 * 1024);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<dim3(blocks), T::kThreads, kBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+// run(T), with the sizes of a tile.
+template <class Element, class Run>
+cudaError_t with_wide(WideTile tile, Run run) {
+  return tile.rows == kSquareTile.rows ? run(Wide<Element, kSquareTile.rows / 64, kSquareTile.columns>{})
+                                       : run(Wide<Element, kLongTile.rows / 64, kLongTile.columns>{});
 }

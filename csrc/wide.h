@@ -1,10 +1,9 @@
-// Heads whose state no multiprocessor holds: what the kernel of `wide_pass.cuh` is told.
+// Heads whose state no multiprocessor holds: what the kernels of `wide_prepare.cuh` and `wide_outputs.cuh` are told.
 #pragma once
 
 #include "params.h"
 
 constexpr int kMostChunk = 512;  // tokens of a chunk of wide heads, at most
-constexpr int kMostOutputs = 3;
 
 // What `find_work` of segments.cuh needs: into which pieces sequences are cut, and the direction.
 struct Pieces {
@@ -12,25 +11,14 @@ struct Pieces {
   int positions, segments, segment_length, tokens, reverse;
 };
 
-// out = r (x S) + P w with the states and scores of chunks, or with the transposes of S and P.
-struct WideOutput {
-  TiledTensor x, w;               // (B, heads, T, depth), (B, heads, T, width)
-  TiledTensor states, initial;    // initial: of sequences, in the inputs' type
-  TiledTensor scores, out;        // out (B, H, T, width)
-  void* out_rows;                 // the same where the copy engine can't write
-  int has_initial;                // whether sequences begin with a state
-  int transposed_state, reverse;  // reverse: the next chunk's state is read, and scores are transposed
-  int own_states, own_scores;     // whether these are made by the same pass, and waited for
-  int depth, width, tiles;
-};
-
-struct WideParams {
+// States before chunks and scores inside of them, for `wide_outputs.cuh`.
+struct PrepareParams {
   TiledTensor a, b;           // (B, heads, T, D) and (B, heads, T, E): the state gains aᵀ b
   TiledTensor rows, columns;  // (B, heads, T, depth): what scores are products of
   TiledTensor states;       // (B × chunks of T tokens, H, D, E) in the inputs' type: after the chunk that begins there
   TiledTensor scores;       // (B, H, T, chunk) in the inputs' type
   void* score_rows;         // the same where the copy engine can't write
-  Pieces segments, chunks;  // what states walk over from end to end, and of what scores and outputs are
+  Pieces segments, chunks;  // what states walk over from end to end, and of what scores are
   const float* log_decay;   // (H,) or null
   const float* initial;     // null: zeros
   StateStrides initial_strides;
@@ -39,24 +27,47 @@ struct WideParams {
   float* carry;  // (B × segments, H, D, E): the state after each segment; null where sequences are whole
   StateStrides carry_strides;
   int sums;  // whether only what a segment adds to the state is wanted, in `carry`
-  WideOutput outputs[kMostOutputs];
-  int number;  // of outputs
   int batch, heads, d, e, depth, chunk, reverse;
-  int state_tiles, e_tiles;    // of a state, 0 where none is wanted; of its columns
-  int score_tiles, row_tiles;  // of a chunk
-  int chunk_units;             // pieces of work in a chunk of a head
-  int at_once;                 // segments of heads whose states are walked over at a time
-  int64_t units;               // pieces of work
-  // How many pieces were taken; how many warpgroups have stored their part of a state (B × chunks, H), and of scores
-  // (chunks, H). All 0 at first.
-  int *ticket, *states_done, *scores_done;
+  int d_tiles, e_tiles, score_tiles;  // of the state, and of a chunk's scores
+  int64_t state_units, score_units;   // pieces of work
+  int* ticket;                        // set to 0, for the outputs that follow
+};
+
+// out = r (x S) + P w with what was prepared, or with the transpose of S and P.
+struct WideOutput {
+  TiledTensor x, w;               // (B, heads, T, depth), (B, heads, T, width)
+  TiledTensor states, initial;    // initial: of sequences, in the inputs' type
+  TiledTensor scores, out;        // out (B, H, T, width)
+  void* out_rows;                 // the same where the copy engine can't write
+  int has_states, has_initial;    // whether a sequence has more than one chunk, and begins with a state
+  int transposed_state, reverse;  // reverse: the next chunk's state is read, and scores are transposed
+  int depth, width, tiles;
+};
+
+constexpr int kMostOutputs = 3;
+
+struct WideOutputParams {
+  WideOutput outputs[kMostOutputs];
+  int number;
+  Pieces chunks;
+  const float* log_decay;
+  int batch, heads, chunk, slots;
+  int row_tiles;   // of a chunk
+  int last_first;  // whether the last chunks come first: those that were prepared last
+  int64_t units;   // pieces of work
+  int* ticket;     // how many of them were taken, 0 at first
 };
 
 // Rows and columns of the products' tiles: kSquareTile or kLongTile.
 struct WideTile {
   int rows, columns;
 };
+
 constexpr WideTile kSquareTile = {192, 192}, kLongTile = {128, 256};
 
-cudaError_t run_wide_bfloat16(const WideParams& p, WideTile tile, int multiprocessors, cudaStream_t stream);
-cudaError_t run_wide_float16(const WideParams& p, WideTile tile, int multiprocessors, cudaStream_t stream);
+cudaError_t run_prepare_bfloat16(const PrepareParams& p, WideTile tile, cudaStream_t stream);
+cudaError_t run_prepare_float16(const PrepareParams& p, WideTile tile, cudaStream_t stream);
+cudaError_t run_wide_outputs_bfloat16(const WideOutputParams& p, WideTile tile, int multiprocessors,
+                                      cudaStream_t stream);
+cudaError_t run_wide_outputs_float16(const WideOutputParams& p, WideTile tile, int multiprocessors,
+                                     cudaStream_t stream);

@@ -22,6 +22,10 @@ Pieces pieces_of(const std::optional<Tensor>& table, const Tensor& like, int64_t
   return pieces;
 }
 
+int64_t slots_of(const Pieces& pieces, int64_t batch) {
+  return pieces.table == nullptr ? batch * pieces.segments : pieces.positions;
+}
+
 // Boxes of a tile of products that is copied at once: rows, and columns of panels.
 struct Boxes {
   int rows, columns;
@@ -55,171 +59,173 @@ WideTile tile_of(int64_t rows) {
   return rows == kSquareTile.rows ? kSquareTile : kLongTile;
 }
 
-// One pass: what it is given, and how it is cut into pieces of work.
-class WidePass {
- public:
-  // The state gains aᵀ b for each token, scores are of rows and columns.
-  WidePass(const Tensor& a, const Tensor& b, const Tensor& rows, const Tensor& columns,
-           const std::optional<Tensor>& log_decay, const std::optional<Tensor>& initial,
-           const std::optional<Tensor>& segment_table, const std::optional<Tensor>& chunk_table,
-           const std::optional<Tensor>& carry, const std::optional<Tensor>& states, const Tensor& scores,
-           const std::optional<Tensor>& final, const Tensor& done, int64_t segment_length, int64_t chunk,
-           int64_t tile_rows, int64_t at_once, bool reverse)
-      : like_(a), tile_(tile_of(tile_rows)) {
-    CHECK(a.scalar_type() == ScalarType::BFloat16 || a.scalar_type() == ScalarType::Half,
-          "expected bfloat16 or float16");
-    CHECK(chunk <= kMostChunk, "chunk: expected at most ", kMostChunk, ", got ", chunk);
-    CHECK(segment_length % chunk == 0, "segment_length: expected a multiple of ", chunk, ", got ", segment_length);
-    CHECK(at_once > 0, "at_once: expected a number from 1, got ", at_once);
-    p_.batch = a.size(0), p_.heads = scores.size(1), p_.d = a.size(3), p_.e = b.size(3), p_.depth = rows.size(3);
-    p_.chunk = chunk, p_.reverse = reverse, p_.at_once = at_once;
-    p_.a = boxes_of(a, "a", a, p_.heads, p_.d, left_across(tile_));
-    p_.b = boxes_of(b, "b", a, p_.heads, p_.e, right_across(tile_));
-    p_.rows = boxes_of(rows, "rows", a, p_.heads, p_.depth, left_down(tile_));
-    p_.columns = boxes_of(columns, "columns", a, p_.heads, p_.depth, right_down(tile_));
-    p_.segments = pieces_of(segment_table, a, segment_length, reverse);
-    p_.chunks = pieces_of(chunk_table, a, chunk, reverse);
-    p_.scores = boxes_of_own(scores, "scores", a, {p_.batch, p_.heads, a.size(2), chunk}, kStored);
-    p_.score_rows = scores.data_ptr();
-    p_.log_decay = log_decay_of(log_decay, a, p_.heads);
-    const int64_t sequences = chunk_table ? 1 : p_.batch, chunks = int64_t(p_.batch) * p_.chunks.segments;
-    if (initial) p_.initial = state_of(*initial, "initial", a, sequences, p_.heads, p_.d, p_.e, &p_.initial_strides);
-    if (final) p_.final = state_of(*final, "final", a, sequences, p_.heads, p_.d, p_.e, &p_.final_strides);
-    CHECK(states.has_value() == (p_.chunks.segments > 1), "states: expected with more than one chunk");
-    if (states) p_.states = boxes_of_own(*states, "states", a, {chunks, p_.heads, p_.d, p_.e}, kStored);
-    p_.e_tiles = (p_.e + tile_.columns - 1) / tile_.columns;
-    if (states || final) p_.state_tiles = (p_.d + tile_.rows - 1) / tile_.rows * p_.e_tiles;
-    CHECK(carry.has_value() == (p_.segments.segments > 1), "carry: expected with more than one segment");
-    if (carry) {
-      p_.carry = state_of(*carry, "carry", a, 1, p_.heads, p_.d, p_.e, &p_.carry_strides);
-      check_shape(*carry, "carry", {int64_t(p_.batch) * p_.segments.segments, p_.heads, p_.d, p_.e});
-      CHECK(carry->is_contiguous(), "carry: expected contiguous");
-    }
-    check_same(done, "done", ScalarType::Int, a);
-    check_shape(done, "done", {2 + (chunks + slots_of(p_.chunks)) * p_.heads});
-    CHECK(done.is_contiguous(), "done: expected contiguous");
-    p_.ticket = static_cast<int*>(done.data_ptr());
-    p_.states_done = p_.ticket + 2;
-    p_.scores_done = p_.states_done + chunks * p_.heads;
+int* ticket_of(const Tensor& ticket, const Tensor& like) {
+  check_same(ticket, "ticket", ScalarType::Int, like);
+  check_shape(ticket, "ticket", {1});
+  return static_cast<int*>(ticket.data_ptr());
+}
+
+void check_chunk(const Tensor& x, int64_t chunk) {
+  CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half, "expected bfloat16 or float16");
+  CHECK(chunk <= kMostChunk, "chunk: expected at most ", kMostChunk, ", got ", chunk);
+}
+
+cudaError_t run(const PrepareParams& p, const Tensor& like, WideTile tile, cudaStream_t stream) {
+  return like.scalar_type() == ScalarType::BFloat16 ? run_prepare_bfloat16(p, tile, stream)
+                                                    : run_prepare_float16(p, tile, stream);
+}
+
+void wide_prepare(const Tensor& a, const Tensor& b, const Tensor& rows, const Tensor& columns,
+                  const std::optional<Tensor>& log_decay, const std::optional<Tensor>& initial,
+                  const std::optional<Tensor>& segment_table, const std::optional<Tensor>& chunk_table,
+                  const std::optional<Tensor>& carry, const std::optional<Tensor>& states, const Tensor& scores,
+                  const std::optional<Tensor>& final, const Tensor& ticket, int64_t segment_length, int64_t chunk,
+                  int64_t tile_rows, bool reverse) {
+  const GuardForMaps guard(a.get_device_index());
+  check_chunk(a, chunk);
+  CHECK(segment_length % chunk == 0, "segment_length: expected a multiple of ", chunk, ", got ", segment_length);
+  PrepareParams p{};
+  p.batch = a.size(0), p.heads = scores.size(1), p.d = a.size(3), p.e = b.size(3), p.depth = rows.size(3);
+  p.chunk = chunk, p.reverse = reverse;
+  const WideTile tile = tile_of(tile_rows);
+  p.a = boxes_of(a, "a", a, p.heads, p.d, left_across(tile)),
+  p.b = boxes_of(b, "b", a, p.heads, p.e, right_across(tile));
+  p.rows = boxes_of(rows, "rows", a, p.heads, p.depth, left_down(tile));
+  p.columns = boxes_of(columns, "columns", a, p.heads, p.depth, right_down(tile));
+  p.segments = pieces_of(segment_table, a, segment_length, reverse);
+  p.chunks = pieces_of(chunk_table, a, chunk, reverse);
+  p.scores = boxes_of_own(scores, "scores", a, {p.batch, p.heads, a.size(2), chunk}, kStored);
+  p.score_rows = scores.data_ptr();
+  p.log_decay = log_decay_of(log_decay, a, p.heads);
+  p.ticket = ticket_of(ticket, a);
+  const int64_t sequences = chunk_table ? 1 : p.batch;
+  if (initial) p.initial = state_of(*initial, "initial", a, sequences, p.heads, p.d, p.e, &p.initial_strides);
+  if (final) p.final = state_of(*final, "final", a, sequences, p.heads, p.d, p.e, &p.final_strides);
+  CHECK(states.has_value() == (p.chunks.segments > 1), "states: expected with more than one chunk");
+  if (states)
+    p.states = boxes_of_own(*states, "states", a, {int64_t(p.batch) * p.chunks.segments, p.heads, p.d, p.e}, kStored);
+  p.d_tiles = (p.d + tile.rows - 1) / tile.rows, p.e_tiles = (p.e + tile.columns - 1) / tile.columns;
+  for (int row = 0; row < chunk; row += tile.rows) p.score_tiles += (row + tile.rows - 1) / tile.columns + 1;
+  const int64_t slots = slots_of(p.segments, p.batch);
+  p.state_units = states || final ? slots * p.heads * p.d_tiles * p.e_tiles : 0;
+  CHECK(carry.has_value() == (p.segments.segments > 1), "carry: expected with more than one segment");
+  const int64_t score_units = slots_of(p.chunks, p.batch) * p.heads * p.score_tiles;
+  CHECK(p.state_units + score_units < int64_t(1) << 31, "too many pieces of work: ", p.state_units + score_units);
+  const cudaStream_t stream = stream_of(a);
+  if (carry) {
+    p.carry = state_of(*carry, "carry", a, 1, p.heads, p.d, p.e, &p.carry_strides);
+    check_shape(*carry, "carry", {int64_t(p.batch) * p.segments.segments, p.heads, p.d, p.e});
+    CHECK(carry->is_contiguous(), "carry: expected contiguous");
+    p.sums = true;
+    check_cuda(run(p, a, tile, stream));
+    p.sums = false;
+    PassParams of_scan{};
+    of_scan.carry = p.carry, of_scan.carry_strides = p.carry_strides, of_scan.log_decay = p.log_decay;
+    of_scan.table = p.segments.table, of_scan.positions = p.segments.positions, of_scan.segments = p.segments.segments;
+    of_scan.segment_length = segment_length, of_scan.tokens = p.segments.tokens, of_scan.reverse = reverse;
+    of_scan.heads = p.heads, of_scan.d = p.d, of_scan.e = p.e;
+    check_cuda(run_scan(of_scan, slots, stream));
+  }
+  p.score_units = score_units;
+  check_cuda(run(p, a, tile, stream));
+}
+
+// What all outputs of a call share.
+struct Outputs {
+  WideOutputParams p{};
+  const Tensor& like;
+  const WideTile tile;
+
+  Outputs(const Tensor& q, const std::optional<Tensor>& log_decay, const std::optional<Tensor>& table,
+          const Tensor& ticket, int64_t heads, int64_t chunk, int64_t tile_rows)
+      : like(q), tile(tile_of(tile_rows)) {
+    check_chunk(q, chunk);
+    p.batch = q.size(0), p.heads = heads, p.chunk = chunk;
+    p.chunks = pieces_of(table, q, chunk, false);
+    p.log_decay = log_decay_of(log_decay, q, p.heads);
+    p.ticket = ticket_of(ticket, q);
+    p.slots = slots_of(p.chunks, p.batch);
+    p.row_tiles = (std::min<int64_t>(chunk, p.chunks.tokens) + tile.rows - 1) / tile.rows;
   }
 
-  // An output from the states (.., H, D, E), read as they are or `transposed`, and scores: those of this pass, or of
-  // one before.
+  // Of the states (.., H, D, E) each is read as it is, or `transposed`.
   void add(const Tensor& x, const Tensor& w, const std::optional<Tensor>& states, const std::optional<Tensor>& initial,
-           const Tensor& scores, const Tensor& out, bool transposed, bool reverse, bool own_states, bool own_scores) {
-    WideOutput& of = p_.outputs[p_.number++];
+           const Tensor& scores, const Tensor& out, bool transposed, bool reverse) {
+    WideOutput& of = p.outputs[p.number++];
     of.depth = x.size(3), of.width = w.size(3);
     const int64_t d = transposed ? of.width : of.depth, e = transposed ? of.depth : of.width;
-    of.x = boxes_of(x, "x", like_, p_.heads, of.depth, left_down(tile_));
-    of.w = boxes_of(w, "w", like_, p_.heads, of.width, right_across(tile_));
-    of.scores = boxes_of_own(scores, "scores", like_, {p_.batch, p_.heads, p_.chunks.tokens, p_.chunk},
-                             reverse ? left_across(tile_) : left_down(tile_));
-    of.out = boxes_of_own(out, "out", like_, {p_.batch, p_.heads, p_.chunks.tokens, of.width}, kStored);
+    of.x = boxes_of(x, "x", like, p.heads, of.depth, left_down(tile));
+    of.w = boxes_of(w, "w", like, p.heads, of.width, right_across(tile));
+    of.scores = boxes_of_own(scores, "scores", like, {p.batch, p.heads, p.chunks.tokens, p.chunk},
+                             reverse ? left_across(tile) : left_down(tile));
+    of.out = boxes_of_own(out, "out", like, {p.batch, p.heads, p.chunks.tokens, of.width}, kStored);
     of.out_rows = out.data_ptr();
-    CHECK(states.has_value() == (p_.chunks.segments > 1), "states: expected with more than one chunk");
-    of.has_initial = initial.has_value();
-    const Boxes of_state = transposed ? right_down(tile_) : right_across(tile_);
-    const int64_t chunks = int64_t(p_.batch) * p_.chunks.segments;
-    if (states) of.states = boxes_of_own(*states, "states", like_, {chunks, p_.heads, d, e}, of_state);
-    if (initial) of.initial = boxes_of_own(*initial, "initial", like_, {initial->size(0), p_.heads, d, e}, of_state);
-    of.transposed_state = transposed, of.reverse = reverse, of.own_states = own_states, of.own_scores = own_scores;
-    of.tiles = (of.width + tile_.columns - 1) / tile_.columns;
+    CHECK(states.has_value() == (p.chunks.segments > 1), "states: expected with more than one chunk");
+    of.has_states = states.has_value(), of.has_initial = initial.has_value();
+    const Boxes of_state = transposed ? right_down(tile) : right_across(tile);
+    const int64_t chunks = int64_t(p.batch) * p.chunks.segments;
+    if (states) of.states = boxes_of_own(*states, "states", like, {chunks, p.heads, d, e}, of_state);
+    if (initial) of.initial = boxes_of_own(*initial, "initial", like, {initial->size(0), p.heads, d, e}, of_state);
+    of.transposed_state = transposed, of.reverse = reverse;
+    of.tiles = (of.width + tile.columns - 1) / tile.columns;
   }
 
   void run() {
-    if (p_.carry != nullptr) add_up_segments();
-    const int rows = std::min(p_.chunk, p_.chunks.tokens);
-    for (int row = 0; row < p_.chunk; row += tile_.rows) p_.score_tiles += (row + tile_.rows - 1) / tile_.columns + 1;
-    p_.row_tiles = (rows + tile_.rows - 1) / tile_.rows;
-    p_.chunk_units = p_.score_tiles;
-    for (int i = 0; i < p_.number; ++i) p_.chunk_units += p_.outputs[i].tiles * p_.row_tiles;
-    const int64_t chunks = p_.chunks.table != nullptr ? slots_of(p_.chunks)
-                                                      : slots_of(p_.segments) * (p_.segments.segment_length / p_.chunk);
-    launch(state_units() + chunks * p_.heads * p_.chunk_units);
-  }
-
- private:
-  int64_t slots_of(const Pieces& pieces) const {
-    return pieces.table == nullptr ? int64_t(p_.batch) * pieces.segments : pieces.positions;
-  }
-  int64_t state_units() const { return slots_of(p_.segments) * p_.heads * p_.state_tiles; }
-
-  // What each segment adds to the state, and from that the state after each.
-  void add_up_segments() {
-    p_.sums = true;
-    launch(state_units());
-    p_.sums = false;
-    ++p_.ticket;
-    PassParams scan{};
-    scan.carry = p_.carry, scan.carry_strides = p_.carry_strides, scan.log_decay = p_.log_decay;
-    scan.table = p_.segments.table, scan.positions = p_.segments.positions, scan.segments = p_.segments.segments;
-    scan.segment_length = p_.segments.segment_length, scan.tokens = p_.segments.tokens, scan.reverse = p_.reverse;
-    scan.heads = p_.heads, scan.d = p_.d, scan.e = p_.e;
-    check_cuda(run_scan(scan, slots_of(p_.segments), stream_of(like_)));
-  }
-
-  void launch(int64_t units) {
-    CHECK(units < (int64_t(1) << 31) - 1024, "too many pieces of work: ", units);
-    p_.units = units;
+    int64_t tiles = 0;
+    for (int i = 0; i < p.number; ++i) tiles += p.outputs[i].tiles;
+    p.units = int64_t(p.slots) * p.heads * p.row_tiles * tiles;
+    CHECK(p.units < int64_t(1) << 31, "too many pieces of work: ", p.units);
     int multiprocessors = 0;
-    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, like_.get_device_index()));
-    const cudaStream_t stream = stream_of(like_);
-    check_cuda(like_.scalar_type() == ScalarType::BFloat16 ? run_wide_bfloat16(p_, tile_, multiprocessors, stream)
-                                                           : run_wide_float16(p_, tile_, multiprocessors, stream));
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, like.get_device_index()));
+    const cudaStream_t stream = stream_of(like);
+    check_cuda(like.scalar_type() == ScalarType::BFloat16 ? run_wide_outputs_bfloat16(p, tile, multiprocessors, stream)
+                                                          : run_wide_outputs_float16(p, tile, multiprocessors, stream));
   }
-
-  const Tensor& like_;
-  const WideTile tile_;
-  WideParams p_{};
 };
 
-void wide_forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& log_decay,
-                  const std::optional<Tensor>& initial, const std::optional<Tensor>& rounded_initial,
-                  const std::optional<Tensor>& segment_table, const std::optional<Tensor>& chunk_table,
-                  const std::optional<Tensor>& carry, const std::optional<Tensor>& states, const Tensor& scores,
-                  const std::optional<Tensor>& final, const Tensor& done, const Tensor& out, int64_t segment_length,
-                  int64_t chunk, int64_t tile_rows, int64_t at_once) {
+void wide_forward(const Tensor& q, const Tensor& v, const std::optional<Tensor>& log_decay,
+                  const std::optional<Tensor>& table, const std::optional<Tensor>& states,
+                  const std::optional<Tensor>& initial, const Tensor& scores, const Tensor& out, const Tensor& ticket,
+                  int64_t chunk, int64_t tile_rows) {
   const GuardForMaps guard(q.get_device_index());
-  WidePass pass(k, v, q, k, log_decay, initial, segment_table, chunk_table, carry, states, scores, final, done,
-                segment_length, chunk, tile_rows, at_once, false);
-  pass.add(q, v, states, rounded_initial, scores, out, false, false, true, true);
-  pass.run();
+  Outputs outputs(q, log_decay, table, ticket, out.size(1), chunk, tile_rows);
+  outputs.p.last_first = true;
+  outputs.add(q, v, states, initial, scores, out, false, false);
+  outputs.run();
 }
 
 void wide_backward(const Tensor& grad_o, const Tensor& q, const Tensor& k, const Tensor& v,
-                   const std::optional<Tensor>& log_decay, const std::optional<Tensor>& grad_final,
-                   const std::optional<Tensor>& rounded_grad_final, const std::optional<Tensor>& rounded_initial,
-                   const std::optional<Tensor>& segment_table, const std::optional<Tensor>& chunk_table,
-                   const std::optional<Tensor>& carry, const std::optional<Tensor>& states, const Tensor& scores,
-                   const std::optional<Tensor>& grad_states, const Tensor& grad_scores,
-                   const std::optional<Tensor>& grad_initial, const Tensor& done, const Tensor& dq, const Tensor& dk,
-                   const Tensor& dv, int64_t segment_length, int64_t chunk, int64_t tile_rows, int64_t at_once) {
+                   const std::optional<Tensor>& log_decay, const std::optional<Tensor>& table,
+                   const std::optional<Tensor>& states, const std::optional<Tensor>& initial, const Tensor& scores,
+                   const std::optional<Tensor>& grad_states, const std::optional<Tensor>& grad_final,
+                   const Tensor& grad_scores, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                   const Tensor& ticket, int64_t chunk, int64_t tile_rows) {
   const GuardForMaps guard(q.get_device_index());
-  WidePass pass(q, grad_o, grad_o, v, log_decay, grad_final, segment_table, chunk_table, carry, grad_states,
-                grad_scores, grad_initial, done, segment_length, chunk, tile_rows, at_once, true);
-  pass.add(grad_o, k, states, rounded_initial, grad_scores, dq, true, false, false, true);
-  pass.add(v, q, grad_states, rounded_grad_final, grad_scores, dk, true, true, true, true);
-  pass.add(k, grad_o, grad_states, rounded_grad_final, scores, dv, false, true, true, false);
-  pass.run();
+  Outputs outputs(q, log_decay, table, ticket, dq.size(1), chunk, tile_rows);
+  outputs.add(grad_o, k, states, initial, grad_scores, dq, true, false);
+  outputs.add(v, q, grad_states, grad_final, grad_scores, dk, true, true);
+  outputs.add(k, grad_o, grad_states, grad_final, scores, dv, false, true);
+  outputs.run();
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(transnormer_kernels, m) {
   m.def(
-      "wide_forward(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial, Tensor? rounded_initial,"
+      "wide_prepare(Tensor a, Tensor b, Tensor rows, Tensor columns, Tensor? log_decay, Tensor? initial,"
       " Tensor? segment_table, Tensor? chunk_table, Tensor(a!)? carry, Tensor(b!)? states, Tensor(c!) scores,"
-      " Tensor(d!)? final, Tensor(e!) done, Tensor(f!) out, int segment_length, int chunk, int tile_rows, int at_once)"
-      " -> ()");
+      " Tensor(d!)? final, Tensor(e!) ticket, int segment_length, int chunk, int tile_rows, bool reverse) -> ()");
   m.def(
-      "wide_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? grad_final,"
-      " Tensor? rounded_grad_final, Tensor? rounded_initial, Tensor? segment_table, Tensor? chunk_table,"
-      " Tensor(a!)? carry, Tensor? states, Tensor scores, Tensor(b!)? grad_states, Tensor(c!) grad_scores,"
-      " Tensor(d!)? grad_initial, Tensor(e!) done, Tensor(f!) dq, Tensor(g!) dk, Tensor(h!) dv, int segment_length,"
-      " int chunk, int tile_rows, int at_once) -> ()");
+      "wide_forward(Tensor q, Tensor v, Tensor? log_decay, Tensor? table, Tensor? states, Tensor? initial,"
+      " Tensor scores, Tensor(a!) out, Tensor(b!) ticket, int chunk, int tile_rows) -> ()");
+  m.def(
+      "wide_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? table, Tensor? states,"
+      " Tensor? initial, Tensor scores, Tensor? grad_states, Tensor? grad_final, Tensor grad_scores, Tensor(a!) dq,"
+      " Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) ticket, int chunk, int tile_rows) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transnormer_kernels, CUDA, m) {
+  m.impl("wide_prepare", TORCH_BOX(&wide_prepare));
   m.impl("wide_forward", TORCH_BOX(&wide_forward));
   m.impl("wide_backward", TORCH_BOX(&wide_backward));
 }

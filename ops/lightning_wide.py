@@ -1,9 +1,13 @@
-"""Lightning attention of wide heads by the CUDA kernels, in the 2-byte types.
+"""Lightning attention of wide heads by the CUDA kernels, in the 2-byte types: states and scores first, then outputs.
 
 The state of a wide head fills several multiprocessors, so no block can keep it and make outputs from it. Chunks are
-therefore long, and states before them and masked scores inside of them pass through memory, in the inputs' type, to
-the products of large tiles that make outputs: o = r (q S) + P v, and the like for gradients. The backward pass makes
-the same of gradients, and reads what the forward pass has left. `csrc/README.md` has the equations, and what bounds it.
+therefore long, and what passes between them goes through memory, in the inputs' type:
+
+    prepare   states before each chunk, and the masked scores inside of it
+    outputs   o = r (q S) + P v, and the like for gradients, as products of large tiles
+
+The backward pass prepares the same of gradients, and reads what the forward pass has left. `csrc/README.md` has the
+equations and what bounds each kernel.
 """
 
 import functools
@@ -17,10 +21,6 @@ from .kernels import cut, multiprocessors, sum_groups
 NARROW = 256  # the widest head for which one block keeps all of the keys' side of the state
 SQUARE, LONG = (192, 192), (128, 256)  # kSquareTile and kLongTile of csrc/wide.h
 CHUNKS = {SQUARE: 384, LONG: 512}  # tokens: whole tiles of scores, and states no larger in memory than q or v
-
-
-# Of the multiprocessors, how many walk over states while others make scores and outputs from them: as the work is.
-FORWARD, BACKWARD = 0.45, 0.25
 
 
 class Prepared(NamedTuple):
@@ -59,12 +59,13 @@ def forward(
     prepared: Prepared,
 ) -> Tensor:
     """o (B, H, T, E); fills `final` and `prepared`. Tensors are as `for_kernel` makes them."""
-    plan = _plan(q, v, q.shape[1], cu_seqlens, FORWARD)
+    chunk, rows = _chunk(q, v), _tile(q, v)[0]
+    table = cut(q, chunk, chunk, cu_seqlens).table
+    ticket = _prepare(k, v, q, k, log_decay, initial, cu_seqlens, table, final, prepared, reverse=False)
     out = v.new_empty((*q.shape[:3], v.shape[3]))
     torch.ops.transnormer_kernels.wide_forward(
-        q, k, v, log_decay, initial, _rounded(initial, q), *plan.tensors, _states(prepared), prepared.scores, final,
-        plan.done, out, *plan.numbers,
-    )  # fmt: skip
+        q, v, log_decay, table, _states(prepared), _rounded(initial, q), prepared.scores, out, ticket, chunk, rows
+    )
     return out
 
 
@@ -81,38 +82,46 @@ def backward(
     prepared: Prepared,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v; fills `grad_initial`."""
-    plan = _plan(q, v, q.shape[1], cu_seqlens, BACKWARD)
+    chunk, rows = _chunk(q, v), _tile(q, v)[0]
+    table = cut(q, chunk, chunk, cu_seqlens).table
     of_grads = empty_prepared(q, v)
+    ticket = _prepare(q, do, do, v, log_decay, grad_state, cu_seqlens, table, grad_initial, of_grads, reverse=True)
     dq, dk, dv = (x.new_empty((*q.shape[:3], x.shape[3])) for x in (q, k, v))
     torch.ops.transnormer_kernels.wide_backward(
-        do, q, k, v, log_decay, grad_state, _rounded(grad_state, q), _rounded(initial, q), *plan.tensors,
-        _states(prepared), prepared.scores, _states(of_grads), of_grads.scores, grad_initial, plan.done, dq, dk, dv,
-        *plan.numbers,
+        do, q, k, v, log_decay, table, _states(prepared), _rounded(initial, q), prepared.scores, _states(of_grads),
+        _rounded(grad_state, q), of_grads.scores, dq, dk, dv, ticket, chunk, rows,
     )  # fmt: skip
     return dq, sum_groups(dk, k.shape[1]), sum_groups(dv, v.shape[1])
 
 
-class _Plan(NamedTuple):
-    """How a pass is cut into pieces of work."""
-
-    tensors: tuple[Tensor | None, Tensor | None, Tensor | None]  # tables of segments and chunks, states of segments
-    done: Tensor  # int32 zeros, by which blocks tell each other what is done
-    numbers: tuple[int, int, int, int]  # tokens of a segment and of a chunk, rows of a tile, segments at a time
-
-
-def _plan(q: Tensor, v: Tensor, heads: int, cu_seqlens: Tensor | None, share: float) -> _Plan:
-    batch, tokens, d, e = q.shape[0], q.shape[2], q.shape[3], v.shape[3]
-    chunk, (rows, columns) = _chunk(q, v), _tile(q, v)
-    tiles, slots = -(-d // rows) * -(-e // columns), multiprocessors(q.device)
-    segments = cut(q, *_segment_length(batch * heads * tiles, tokens, chunk, slots), cu_seqlens)
-    chunks = cut(q, chunk, chunk, cu_seqlens)
+def _prepare(
+    a: Tensor,
+    b: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    log_decay: Tensor | None,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    table: Tensor | None,
+    final: Tensor | None,
+    prepared: Prepared,
+    *,
+    reverse: bool,
+) -> Tensor:
+    """States that gain aᵀ b for each token, and scores of rows and columns. Returns the ticket for outputs."""
+    batch, tokens, heads = a.shape[0], a.shape[2], prepared.scores.shape[1]
+    chunk, (tile_rows, tile_columns) = _chunk(a, b), _tile(a, b)
+    tiles = -(-a.shape[3] // tile_rows) * -(-b.shape[3] // tile_columns)
+    segments = cut(a, *_segment_length(batch * heads * tiles, tokens, chunk, multiprocessors(a.device)), cu_seqlens)
     carry = None
     if segments.number > 1:
-        carry = q.new_empty((batch * segments.number, heads, d, e), dtype=torch.float32)
-    listed = batch * chunks.number if chunks.table is None else len(chunks.table) - 1
-    done = q.new_zeros(2 + (batch * chunks.number + listed) * heads, dtype=torch.int32)
-    at_once = max(round(slots * share / tiles), 1)
-    return _Plan((segments.table, chunks.table, carry), done, (segments.length, chunk, rows, at_once))
+        carry = a.new_empty((batch * segments.number, heads, a.shape[3], b.shape[3]), dtype=torch.float32)
+    ticket = a.new_empty(1, dtype=torch.int32)
+    torch.ops.transnormer_kernels.wide_prepare(
+        a, b, rows, columns, log_decay, initial, segments.table, table, carry, _states(prepared), prepared.scores,
+        final, ticket, segments.length, chunk, tile_rows, reverse,
+    )  # fmt: skip
+    return ticket
 
 
 def _states(prepared: Prepared) -> Tensor | None:
