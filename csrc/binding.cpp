@@ -47,21 +47,6 @@ void check_two_bytes(const Tensor& k, bool expected) {
         expected ? "bfloat16 or float16" : "float32");
 }
 
-// The outputs of a pass in the inputs' type, or in parts.
-void fill_output(PassParams& p, const Tensor& out, const Tensor& k, int64_t heads) {
-  CHECK(out.is_contiguous(), "out: expected contiguous");
-  if (out.dim() == 5) {
-    check_same(out, "out", ScalarType::Float, k);
-    check_shape(out, "out", {p.d_tiles, p.batch, p.heads, p.tokens, p.e});
-    p.partial = static_cast<float*>(out.data_ptr());
-  } else {
-    check_same(out, "out", k.scalar_type(), k);
-    check_shape(out, "out", {p.batch, heads, p.tokens, p.e});
-    CHECK(p.d_tiles == 1, "out: expected parts in float32");
-    p.out = out.data_ptr();
-  }
-}
-
 void plan(const Tensor& cu_seqlens, int64_t tokens, int64_t segment_length, int64_t whole, const Tensor& table) {
   CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_contiguous() && cu_seqlens.is_cuda(),
         "cu_seqlens: expected contiguous int32 on a GPU");
@@ -111,7 +96,16 @@ void attend_float32(const Tensor& q, const Tensor& k, const Tensor& v, const std
     p.carry = state_of(*carry, "carry", k, 1, heads, p.d, p.e, &p.carry_strides);
     check_shape(*carry, "carry", {int64_t(p.batch) * p.segments, heads, p.d, p.e});
   }
-  fill_output(p, out, k, heads);
+  check_same(out, "out", ScalarType::Float, k);
+  CHECK(out.is_contiguous(), "out: expected contiguous");
+  if (out.dim() == 5) {
+    check_shape(out, "out", {p.d_tiles, p.batch, heads, p.tokens, p.e});
+    p.partial = static_cast<float*>(out.data_ptr());
+  } else {
+    check_shape(out, "out", {p.batch, heads, p.tokens, p.e});
+    CHECK(p.d_tiles == 1, "out: expected parts");
+    p.out = out.data_ptr();
+  }
   if (final) p.final = state_of(*final, "final", k, table ? 1 : p.batch, heads, p.d, p.e, &p.final_strides);
   check_cuda(run_pass_float32(p, true, exact, slots * heads * p.d_tiles * p.e_tiles, stream_of(k)));
 }
@@ -156,13 +150,14 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   PassParams p{};
   const bool both = out_of_k.has_value();
   CHECK(x || !both, "x: expected where it is used");
-  const int64_t heads = both ? x->size(1) : out.size(out.dim() - 3);
-  CHECK(!both || out.dim() == 4, "out: expected 4 dims beside out_of_k, got ", out.dim());
+  CHECK(out.dim() == 4, "out: expected 4 dims, got ", out.dim());
+  const int64_t heads = both ? x->size(1) : out.size(1);
   p.outputs = !both ? Outputs::kOne : out.size(1) == heads ? Outputs::kBoth : Outputs::kSums;
   const int64_t out_heads = p.outputs == Outputs::kSums ? heads / 2 : heads;
   CHECK(p.outputs != Outputs::kSums || (heads % 2 == 0 && tile.d == 128 && !table && !chain),
         "out: expected as many heads as x has, or half of an even number for whole sequences in tiles of 128");
   const int64_t slots = fill(p, k, v, log_decay, initial, table, heads, segment_length, reverse, tile);
+  CHECK(p.d_tiles == 1, "k: expected at most ", tile.d, " wide, got ", p.d);
   check_same(q, "q", k.scalar_type(), k);
   check_shape(q, "q", {p.batch, q.size(1), p.tokens, p.d});
   p.q = tiled(q, "q", heads, tile.d);
@@ -173,8 +168,7 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   CHECK(norm >= 0 && norm <= int(Norm::kValues), "norm: expected 0 to 3, got ", norm);
   p.norm = Norm(norm);
   const bool late = p.norm == Norm::kValues && tile.d == tile.e;  // Variant::kLate
-  CHECK(p.norm == Norm::kNone || (p.norm == Norm::kValues ? !late || p.e_tiles == 1 : p.d_tiles == 1),
-        "norm: expected vectors no wider than a tile");
+  CHECK(p.norm != Norm::kValues || !late || p.e_tiles == 1, "norm: expected vectors no wider than a tile");
   CHECK(x.has_value() == (both || late), "x: expected where it is used");
   if (x) {
     check_same(*x, "x", k.scalar_type(), k);
@@ -185,16 +179,19 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
     fill_lengths(p, late ? &*x : nullptr, v, row_lengths, column_lengths);
   else
     fill_lengths(p, both ? &k : &q, both ? q : k, row_lengths, column_lengths);
-  fill_output(p, out, k, out_heads);
-  if (p.out != nullptr) p.out_tiles = tiled(out, "out", heads, tile.e);
+  check_same(out, "out", k.scalar_type(), k);
+  check_shape(out, "out", {p.batch, out_heads, p.tokens, p.e});
+  CHECK(out.is_contiguous(), "out: expected contiguous");
+  p.out = out.data_ptr();
+  p.out_tiles = tiled(out, "out", heads, tile.e);
   if (both) {
     check_same(*out_of_k, "out_of_k", k.scalar_type(), k);
     check_shape(*out_of_k, "out_of_k", {p.batch, out_heads, p.tokens, p.d});
-    CHECK(out_of_k->is_contiguous() && p.d_tiles * p.e_tiles == 1, "out_of_k: expected contiguous, and one tile");
+    CHECK(out_of_k->is_contiguous() && p.e_tiles == 1, "out_of_k: expected contiguous, and one tile");
     p.out_of_k = out_of_k->data_ptr();
     p.out_of_k_tiles = tiled(*out_of_k, "out_of_k", heads, tile.d);
   }
-  const int64_t chains = (table ? 1 : p.batch) * heads * p.d_tiles * p.e_tiles;
+  const int64_t chains = (table ? 1 : p.batch) * heads * p.e_tiles;
   CHECK(chain.has_value() == (p.segments > 1) && counts.has_value() == chain.has_value(),
         "chain, counts: expected with more than one segment");
   if (chain) {
@@ -210,7 +207,7 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   if (final) p.final = state_of(*final, "final", k, table ? 1 : p.batch, heads, p.d, p.e, &p.final_strides);
   int multiprocessors = 0;
   check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, k.get_device_index()));
-  const int pieces = slots * heads * p.d_tiles * p.e_tiles;
+  const int pieces = slots * heads * p.e_tiles;
   const cudaStream_t stream = stream_of(k);
   if (k.scalar_type() == ScalarType::BFloat16)
     check_cuda(run_pass_bfloat16(p, tile, pieces, multiprocessors, stream));
@@ -269,7 +266,7 @@ void unit_length(const Tensor& x, const std::optional<Tensor>& grad, const Tenso
     check_shape(*grad, "grad", {x.size(0), x.size(1), x.size(2), x.size(3)});
     p.grad = view_of(*grad, "grad", x.size(1));
   }
-  CHECK(x.size(3) <= 1024, "x: expected at most 1024 wide, got ", x.size(3));
+  CHECK(x.size(3) <= 2048, "x: expected at most 2048 wide, got ", x.size(3));
   check_same(out, "out", x.scalar_type(), x);
   check_shape(out, "out", {x.size(0), x.size(1), x.size(2), x.size(3)});
   CHECK(out.is_contiguous(), "out: expected contiguous");

@@ -27,7 +27,7 @@ struct Fetcher {
 
   // What a cut sequence reads twice stays for the second time, in which all the rest passes through.
   __device__ Keep keep(Kind kind) const {
-    if (!shared.next.in_turn || p.d_tiles * p.e_tiles > 1) return Keep::kNormal;
+    if (!shared.next.in_turn || p.e_tiles > 1) return Keep::kNormal;
     return kind == Kind::kAdvance ? Keep::kLong : Keep::kShort;
   }
 
@@ -55,7 +55,7 @@ struct Fetcher {
         x_source(V::kBoth || V::kLate ? p.x : p.v, shared.next);
     const Source& rows = V::kBoth ? k_source : V::kLate ? x_source : q_source;  // of lengths
     const Source& columns = V::kBoth ? q_source : V::kRowLengths ? k_source : v_source;
-    const int d = shared.next.d_tile, e = shared.next.e_tile, length = shared.next.length;
+    const int e = shared.next.e_tile, length = shared.next.length;
     const int chunks = max(1, (length + kChunk - 1) / kChunk);
     for (int round = shared.next.ends ? 1 : 0; round < 2; ++round) {
       const bool all = round == 1, x = V::kBoth;
@@ -78,8 +78,8 @@ struct Fetcher {
         Barrier& full = shared.full[stage];
         const Stage<V> tile(shared, stage);
         full.arrive_expecting(bytes);
-        if (k) copy<V::kQPanels>(tile.k, p.k, k_source, full, hint, token, d);
-        if (q) copy<V::kQPanels>(tile.q, p.q, q_source, full, hint, token, d);
+        if (k) copy<V::kQPanels>(tile.k, p.k, k_source, full, hint, token, 0);
+        if (q) copy<V::kQPanels>(tile.q, p.q, q_source, full, hint, token, 0);
         if (v) copy<V::kVPanels>(tile.v, p.v, v_source, full, hint, token, e);
         if (x) copy<V::kVPanels>(tile.x, p.x, x_source, full, hint, token, e);
         if constexpr (V::kReadsRows) copy_lengths(shared.lengths[stage][0], p.row_lengths, rows, full, hint, token);
@@ -92,14 +92,14 @@ struct Fetcher {
 
 // Says in `next` which segment of which head a piece of work is; returns its first token, or -1 behind the last piece.
 __device__ inline int find_piece(const PassParams& p, Stretch& next, int piece) {
-  const int tiles = p.d_tiles * p.e_tiles, rows = p.table == nullptr ? p.batch : 1, chains = rows * p.heads * tiles;
+  const int tiles = p.e_tiles, rows = p.table == nullptr ? p.batch : 1, chains = rows * p.heads * tiles;
   const int positions = p.table == nullptr ? p.positions : p.table[p.positions].sequence;
   if (piece >= positions * chains) return -1;
   const bool all_whole = p.table != nullptr && p.table[p.positions].start == 1;
   const int of = piece % chains, position = piece / chains, place = p.reverse ? positions - 1 - position : position;
-  const int head = of / tiles % p.heads, tile = of % tiles;
+  const int head = of / tiles % p.heads;
   next.chain = of, next.position = position, next.in_turn = p.counts != nullptr && !all_whole;
-  next.head = head, next.d_tile = tile / p.e_tiles, next.e_tile = tile % p.e_tiles;
+  next.head = head, next.e_tile = of % tiles;
   Work work;
   find_work(p, of / tiles / p.heads * positions + place, work);
   next.starts = work.first, next.ends = work.last, next.length = work.length;

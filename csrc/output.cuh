@@ -277,20 +277,6 @@ struct OutputMaker {
     }
   }
 
-  // The part of one tile of d, in float32.
-  __device__ void store_part(const float (&o)[kColumns / 2], const Chunk& chunk) {
-    const Lane at;
-    const int first = chunk.e_tile * V::kE + at.pair;
-    const int64_t head = (int64_t(chunk.d_tile) * p.batch + chunk.batch) * p.heads + chunk.head;
-    float* out = p.partial + (head * p.tokens + chunk.token) * p.e + first;
-#pragma unroll
-    for (int x = 0; x < kColumns / 2; x += 2) {
-      const int i = at.row + x / 2 % 2 * 8, column = x / 4 * 8;
-      if (i < chunk.n && first + column < p.e)
-        *reinterpret_cast<float2*>(out + int64_t(i) * p.e + column) = make_float2(o[x], o[x + 1]);
-    }
-  }
-
   __device__ void make(const Chunk& chunk, int stage, int step, int outputs) {
     const Stage<V> tile(shared, stage);
     const Operands<V> of(tile, second);
@@ -339,9 +325,7 @@ struct OutputMaker {
       else
         shared.through[stage].wait(phase_of(stage));
     }
-    if (!V::kBoth && p.partial != nullptr) {
-      store_part(o, chunk);
-    } else if (!keeps()) {
+    if (!keeps()) {
       put_down(o, of.left);
       if (chunk.cut_off(p)) store_rows(chunk, of.left);
       if constexpr (V::kSums) give_away(of.left, outputs);

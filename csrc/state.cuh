@@ -63,7 +63,7 @@ struct StateKeeper {
   // Where a thread's first value lies in a state of these strides. Widths are multiples of 8, so that of the blocks of
   // 8 × 8 that follow all lies within the state, or nothing.
   __device__ int64_t offset(const Chunk& chunk, const StateStrides& at) {
-    return chunk.sequence * at.sequence + chunk.head * at.head + (chunk.d_tile * V::kD + 2 * (lane() % 4)) * at.d +
+    return chunk.sequence * at.sequence + chunk.head * at.head + 2 * (lane() % 4) * at.d +
            (first_row(chunk) + lane() / 4) * at.e;
   }
   __device__ int first_row(const Chunk& chunk) const { return chunk.e_tile * V::kE + warp() * 16; }
@@ -79,7 +79,7 @@ struct StateKeeper {
       for (int n = 0; n < kQuads; ++n) {
         const float* x = &s[m][n * 4];
         float* here = to + n * 8 * at.d + m * 64 * at.e;
-        const int d = chunk.d_tile * V::kD + n * 8, e = first_row(chunk) + m * 64;
+        const int d = n * 8, e = first_row(chunk) + m * 64;
         if (d < p.d && e < p.e) here[0] = x[0], here[at.d] = x[1];
         if (d < p.d && e + 8 < p.e) here[8 * at.e] = x[2], here[8 * at.e + at.d] = x[3];
       }
@@ -153,7 +153,7 @@ struct StateKeeper {
     const StateStrides& at = p.initial_strides;
     const int n = quad % kQuads, m = quad / kQuads;
     const float* from = p.initial + offset(chunk, at) + n * 8 * at.d + m * 64 * at.e;
-    const int d = chunk.d_tile * V::kD + n * 8, e = first_row(chunk) + m * 64;
+    const int d = n * 8, e = first_row(chunk) + m * 64;
     if (d < p.d && e < p.e) x.x = from[0], x.y = from[at.d];
     if (d < p.d && e + 8 < p.e) x.z = from[8 * at.e], x.w = from[8 * at.e + at.d];
     return x;

@@ -3,11 +3,6 @@
 
 #include "neighbour.cuh"
 
-// Whether the outputs of a chunk are stored by the warpgroup that makes them.
-__device__ inline bool stored_elsewhere(const PassParams& p, const Chunk& chunk) {
-  return p.partial != nullptr || chunk.cut_off(p);
-}
-
 template <int kPanels>
 __device__ inline void copy_out(const TiledTensor& to, const uint8_t* tile, const Chunk& chunk, int first_panel) {
   const Keep hint = chunk.in_turn ? Keep::kShort : Keep::kNormal;
@@ -76,7 +71,7 @@ __device__ void store_outputs(const PassParams& p, SharedStorage<V>& shared) {
       store_sum(p, shared, chunk, stage, outputs);
     } else {
       if (V::kMeasures && p.keeps && chunk.e_tile == 0) copy_lengths_out(p, shared.lengths[stage], chunk);
-      if (!stored_elsewhere(p, chunk)) {
+      if (!chunk.cut_off(p)) {  // else the warpgroup that makes outputs stores them
         if constexpr (V::kBoth) {
           copy_out<V::kVPanels>(p.out_tiles, tile.k, chunk, 0);
           copy_out<V::kQPanels>(p.out_of_k_tiles, tile.v, chunk, 0);

@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int kThreads = 256, kMostWidth = 1024;
+constexpr int kThreads = 256, kMostWidth = 2048;
 
 // What a lane holds of a vector: every kLanes-th pack of kPack neighbouring elements.
 template <class Element, int kPack, int kLanes, int kPacks>

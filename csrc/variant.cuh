@@ -60,7 +60,7 @@ enum class Kind : int {
 struct alignas(16) Stretch {
   int starts, ends;  // whether the segment is that of its sequence
   int length;
-  int sequence, batch, head, d_tile, e_tile;
+  int sequence, batch, head, e_tile;
   int chain, position;  // of the head and tile, and of the segment in it, in the order of the pass
   int in_turn;          // whether states are handed on along the chain
   float log_lambda;

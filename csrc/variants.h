@@ -6,8 +6,8 @@
 #include "params.h"
 
 // VARIANT(kD, kE, norm, outputs): a tile of the state; which vectors are divided by their length; which outputs it
-// makes. The smallest tile that holds a head is used. Where none does there are several: of 128 × 128 if only v is
-// wider, else as few as can be, of 192 × 64 if these are no more than of 256 × 64.
+// makes. The smallest tile that holds q and k is used, and several where v is wider. Heads wider than 256 are those of
+// wide.h.
 #define FOR_EACH_VARIANT(VARIANT)    \
   VARIANT(64, 64, kNone, kOne)       \
   VARIANT(64, 64, kMeasured, kOne)   \
@@ -38,7 +38,7 @@ struct Tile {
 inline Tile tile_of(int d, int e) {
   if (d <= 64 && e <= 64) return {64, 64};
   if (d <= 128) return {128, 128};
-  return (d + 191) / 192 == (d + 255) / 256 ? Tile{192, 64} : Tile{256, 64};
+  return d <= 192 ? Tile{192, 64} : Tile{256, 64};
 }
 
 // The tile of the kernels for float32 and for the gradient of the decay.

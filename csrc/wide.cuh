@@ -5,8 +5,6 @@
 // whatever the dims of the product that lie along rows and columns: the tensor cores take either.
 #pragma once
 
-#include <climits>
-
 #include <math_constants.h>
 
 #include "async.cuh"
@@ -26,7 +24,7 @@ struct Wide {
   static constexpr int kStageBytes = (kGroups + kPanels) * kPanelBytes;
   static constexpr int kStaging = kGroups == 2 ? 2 : 1;  // panels of results on their way to memory, of a warpgroup
   static constexpr int kFirstRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kConsumerRegisters = kGroups == 2 ? 224 : 152, kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : 152, kProducerRegisters = kGroups == 2 ? 48 : 56;
 };
 
 // A tile of one output: rows of a chunk.

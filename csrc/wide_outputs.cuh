@@ -74,22 +74,19 @@ __device__ void produce_output(const WideOutputParams& p, Producer<T>& me, const
 template <class T>
 __device__ void produce_outputs(const WideOutputParams& p, WideShared<T>& shared) {
   Producer<T> me{shared};
-  int number = 0;
-  const auto tell = [&](const OutputUnit& unit) {
+  for (int number = 0;; ++number) {
     const int place = number % 2;
     if (number >= 2) shared.unit_empty[place].wait(parity(number, 2) ^ 1);
-    ++number;
-    shared.units[place] = unit;
+    OutputUnit& unit = shared.units[place];
+    int index;
+    do {
+      index = atomicAdd(p.ticket, 1);
+    } while (index < p.units && !find_unit<T>(p, index, unit));
+    if (index >= p.units) unit.output = -1;
     shared.unit_full[place].arrive();
-  };
-  OutputUnit unit;
-  for (int index; (index = atomicAdd(p.ticket, 1)) < p.units;) {
-    if (!find_unit<T>(p, index, unit)) continue;
-    tell(unit);
+    if (index >= p.units) return;
     produce_output(p, me, unit);
   }
-  unit.output = -1;
-  tell(unit);
 }
 
 template <class T>
@@ -127,7 +124,7 @@ struct WideOutputMaker : Consumer<T> {
   __device__ void take_out(int stage, int token, bool reverse) {
     auto& bad = this->shared.bad;
     if (!spoiled) {
-      for (int x = threadIdx.x; x < T::kN; x += T::kConsumers) bad[x] = reverse ? -1 : INT_MAX;
+      for (int x = threadIdx.x; x < T::kN; x += T::kConsumers) bad[x] = reverse ? -1 : kMostChunk;
       this->sync();
     }
     spoiled = true;
@@ -153,13 +150,15 @@ struct WideOutputMaker : Consumer<T> {
     fence_for_async();
     this->sync();
   }
+  // NaN from the first token on that brought a value that is not finite.
   __device__ void spoil(int first, bool reverse) {
     const Lane at;
+    const int row = first + this->group * 64 + at.row;
+    const uint32_t bad = shared_address(this->shared.bad) + at.pair * 4;
 #pragma unroll
     for (int x = 0; x < T::kN / 2; ++x) {
-      const int row = first + this->group * 64 + at.row + x / 2 % 2 * 8;
-      const int bad = this->shared.bad[x / 4 * 8 + at.pair + x % 2];
-      if (reverse ? row <= bad : row >= bad) this->acc[x] = CUDART_NAN_F;
+      const int from = load_word(bad + (x / 4 * 8 + x % 2) * 4), distance = row + x / 2 % 2 * 8 - from;
+      if (reverse ? distance <= 0 : distance >= 0) this->acc[x] = CUDART_NAN_F;
     }
     this->sync();
     spoiled = false;

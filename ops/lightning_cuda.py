@@ -22,7 +22,7 @@ from . import lightning_wide
 from .kernels import Segments, cut, for_kernel, multiprocessors, padded_state, rows_contiguous, sum_groups, unit_length
 from .lightning_wide import Prepared
 
-MAX_WIDTH = 1024
+MAX_WIDTH = 2048
 CHUNK = 64  # tokens; kChunk of csrc/variant.cuh
 FLOAT32_TILE = 128, 64  # kFloat32Tile of csrc/variants.h
 NO_NORM, NORM_MEASURED, NORM_KEPT, NORM_VALUES = range(4)  # Norm of csrc/params.h
@@ -72,7 +72,7 @@ def empty_kept(q: Tensor, k: Tensor, v: Tensor, qk_norm: bool) -> Lengths | Prep
     if lightning_wide.is_wide(q, v):
         return lightning_wide.empty_prepared(q, v)
     alike = max(q.shape[3], v.shape[3]) <= 128 or min(q.shape[3], v.shape[3]) > 128
-    if not (qk_norm and _norm_in_kernel(q) and alike):
+    if not (qk_norm and _norm_in_kernel(q, v) and alike):
         return None
     return Lengths(*(x.new_empty((*x.shape[:2], -(-x.shape[2] // 4) * 4), dtype=torch.float32) for x in (q, k)))
 
@@ -100,7 +100,7 @@ def forward(
     `kept` is that of `empty_kept`, which this fills for `backward`.
     """
     widths = q.shape[3], v.shape[3]
-    if qk_norm and not _norm_in_kernel(q):
+    if qk_norm and not _norm_in_kernel(q, v):
         q, k, qk_norm = unit_length(q), unit_length(k), False
     q, k, v = (for_kernel(x) for x in (q, k, v))
     if initial_state is not None:
@@ -316,7 +316,7 @@ def _tile(k: Tensor, v: Tensor) -> tuple[int, int]:
         return 64, 64
     if d <= 128:
         return 128, 128
-    return (192, 64) if -(-d // 192) == -(-d // 256) else (256, 64)
+    return (192, 64) if d <= 192 else (256, 64)
 
 
 def _parts(tile: tuple[int, int], k: Tensor, v: Tensor) -> tuple[int, int]:
@@ -348,9 +348,9 @@ def _segment_length(chains: int, tokens: int, slots: int) -> tuple[int, int]:
     return best, int(walked(best))
 
 
-def _norm_in_kernel(q: Tensor) -> bool:
+def _norm_in_kernel(q: Tensor, v: Tensor) -> bool:
     """Whether the forward pass divides q and k by their lengths: its blocks see whole vectors."""
-    return q.dtype != torch.float32 and q.shape[3] <= 256
+    return q.dtype != torch.float32 and not lightning_wide.is_wide(q, v)
 
 
 def _exact() -> bool:

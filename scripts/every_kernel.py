@@ -6,12 +6,14 @@ from unittest import mock
 
 import torch
 
-from ops import lightning_attention, lightning_attention_step, lightning_cuda
+from ops import lightning_attention, lightning_attention_step, lightning_cuda, lightning_wide
 
 DTYPES = ["bfloat16", "float16", "float32"]
 WIDTHS = [(64, 64), (128, 128), (256, 64), (40, 24), (136, 200), (200, 136)]
-# For what some widths alone need: sums over parts of wide keys, rows not aligned, unit length outside of passes.
-MORE_WIDTHS = [(264, 136), (7, 33), (7, 136), (40, 136), (128, 136), (24, 24)]
+# For what some widths alone need: rows not aligned, unit length outside of passes.
+MORE_WIDTHS = [(7, 33), (7, 136), (40, 136), (128, 136), (24, 24), (1032, 8)]
+# A wide head for each tile, in chunks of 64 tokens.
+WIDE = [(264, 136), (136, 512)]
 
 
 def call(d: int, e: int, dtype: torch.dtype, device: torch.device, qk_norm: bool, packed: bool, backend: str) -> None:
@@ -40,6 +42,11 @@ def every(dtype: torch.dtype, device: torch.device, backend: str = "cuda") -> in
         cut = (length, 0)
         with mock.patch.object(lightning_cuda, "_segment_length", (lambda *_, cut=cut: cut) if length else plan):
             call(d, e, dtype, device, qk_norm, packed, backend)
+        calls += 1
+    chunks = mock.patch.dict(lightning_wide.CHUNKS, dict.fromkeys(lightning_wide.CHUNKS, 64))
+    for (d, e), length, packed in itertools.product(WIDE, (64, 192), (False, True)):
+        with chunks, mock.patch.object(lightning_wide, "_segment_length", return_value=(length, 0)):
+            call(d, e, dtype, device, False, packed, backend)
         calls += 1
     if dtype == torch.float32:
         precision = torch.get_float32_matmul_precision()

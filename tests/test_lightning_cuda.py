@@ -201,7 +201,7 @@ def test_vectors_of_zeros(dtype: torch.dtype, width: int, device: torch.device) 
         assert error.max() < tolerance, name
 
 
-@pytest.mark.parametrize("width", [1, 8, 33, 256, 264, 1024])
+@pytest.mark.parametrize("width", [1, 8, 33, 256, 264, 1024, 2048])
 @every_type
 def test_unit_length_is_that_of_pytorch(dtype: torch.dtype, width: int, device: torch.device) -> None:
     random = torch.Generator().manual_seed(0)
@@ -420,7 +420,7 @@ def test_takes_what_is_contiguous_but_not_aligned_or_of_one_column(dtype: torch.
 def test_what_the_kernels_do_not_take_has_a_reason(device: torch.device) -> None:
     for x, reason in (
         (torch.zeros(1, 1, 4, 8, device=device, dtype=torch.float64), "q is float64"),
-        (torch.zeros(1, 1, 4, 1032, device=device), "a head is 1032 wide"),
+        (torch.zeros(1, 1, 4, 2056, device=device), "a head is 2056 wide"),
     ):
         with pytest.raises(ValueError, match=rf"^backend: 'cuda' can't take this call: {reason}"):
             lightning_attention(x, x, x, backend="cuda")
