@@ -69,16 +69,6 @@ __device__ inline void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// The same; whether `found` holds for any of them.
-__device__ inline bool any_of_threads(int barrier, int threads, bool found) {
-  int any;
-  asm volatile("{ .reg .pred p, q; setp.ne.s32 p, %1, 0; barrier.cta.red.or.pred q, %2, %3, p; selp.s32 %0, 1, 0, q; }"
-               : "=r"(any)
-               : "r"(int(found)), "r"(barrier), "r"(threads)
-               : "memory");
-  return any;
-}
-
 // Registers of each thread of a warpgroup from here on; kFirst is what it has. More of them must be free in the block,
 // or it waits for ever.
 template <int kCount, int kFirst>

@@ -242,8 +242,8 @@ void decay_gradient(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
 
 void combine(const Tensor& parts, int64_t dim, const Tensor& out) {
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
-  const ElementType type = element_type(parts, "parts"), out_type = element_type(out, "out");
-  check_same(parts, "parts", type == ElementType::kFloat32 ? ScalarType::Float : out.scalar_type(), out);
+  const ElementType type = element_type(out, "out");
+  check_same(parts, "parts", out.scalar_type(), out);
   CHECK(dim >= 0 && dim < parts.dim() && parts.dim() == out.dim() + 1, "parts: expected one dim more than out has");
   CombineParams p{parts.data_ptr(), out.data_ptr(), 1, 1, int(parts.size(dim))};
   for (int64_t i = 0; i < out.dim(); ++i) {
@@ -252,9 +252,9 @@ void combine(const Tensor& parts, int64_t dim, const Tensor& out) {
   }
   CHECK(parts.is_contiguous() && out.is_contiguous(), "parts, out: expected contiguous");
   const bool aligned = (reinterpret_cast<uintptr_t>(p.parts) | reinterpret_cast<uintptr_t>(p.out)) % 16 == 0;
-  CHECK(out_type == ElementType::kFloat32 || (p.inner % 8 == 0 && aligned),
+  CHECK(type == ElementType::kFloat32 || (p.inner % 8 == 0 && aligned),
         "parts, out: expected 16-byte aligned, and parts of whole 16 bytes");
-  check_cuda(run_combine(p, type, out_type, stream_of(out)));
+  check_cuda(run_combine(p, type, stream_of(out)));
 }
 
 void unit_length(const Tensor& x, const std::optional<Tensor>& grad, const Tensor& out) {

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <class Element, class Out, int kWidth>
+template <class Element, int kWidth>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const CombineParams p) {
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, inner = p.inner / kWidth;
   if (at >= p.outer * inner) return;
@@ -20,37 +20,33 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const CombineParams p
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) sum.values[j] += float(x.values[j]);
   }
-  Pack<Out, kWidth> rounded;
+  Pack<Element, kWidth> rounded;
 #pragma unroll
-  for (int j = 0; j < kWidth; ++j) rounded.values[j] = Out(sum.values[j]);
-  reinterpret_cast<Pack<Out, kWidth>*>(p.out)[at] = rounded;
+  for (int j = 0; j < kWidth; ++j) rounded.values[j] = Element(sum.values[j]);
+  reinterpret_cast<Pack<Element, kWidth>*>(p.out)[at] = rounded;
 }
 
-template <class Element, class Out, int kWidth>
+template <class Element, int kWidth>
 cudaError_t launch(const CombineParams& p, cudaStream_t stream) {
   const int64_t blocks = (p.outer * p.inner / kWidth + kThreads - 1) / kThreads;
-  combine_kernel<Element, Out, kWidth><<<dim3(blocks), kThreads, 0, stream>>>(p);
+  combine_kernel<Element, kWidth><<<dim3(blocks), kThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
 // One value at a time where they aren't aligned, as they may be in float32 alone.
-template <class Element, class Out>
+template <class Element>
 cudaError_t combine(const CombineParams& p, cudaStream_t stream) {
   constexpr int kWidth = 16 / sizeof(Element);
   const bool packs = p.inner % kWidth == 0 && reinterpret_cast<uintptr_t>(p.parts) % 16 == 0 &&
-                     reinterpret_cast<uintptr_t>(p.out) % (kWidth * sizeof(Out)) == 0;
-  if (packs) return launch<Element, Out, kWidth>(p, stream);
-  if constexpr (sizeof(Out) == sizeof(float)) return launch<Element, Out, 1>(p, stream);
+                     reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
+  if (packs) return launch<Element, kWidth>(p, stream);
+  if constexpr (sizeof(Element) == sizeof(float)) return launch<Element, 1>(p, stream);
   return cudaErrorMisalignedAddress;  // the binding checks it
 }
 
 }  // namespace
 
-cudaError_t run_combine(const CombineParams& p, ElementType type, ElementType out_type, cudaStream_t stream) {
+cudaError_t run_combine(const CombineParams& p, ElementType type, cudaStream_t stream) {
   if (p.outer * p.inner == 0) return cudaSuccess;
-  return with_element(out_type, [&](auto out) {
-    using Out = decltype(out);
-    if (type == ElementType::kFloat32) return combine<float, Out>(p, stream);
-    return type == out_type ? combine<Out, Out>(p, stream) : cudaErrorInvalidValue;
-  });
+  return with_element(type, [&](auto element) { return combine<decltype(element)>(p, stream); });
 }

@@ -5,13 +5,12 @@
 
 #include "params.h"
 
-// out (outer, inner), of `out_type`, = the sum of the parts (outer, number, inner), of `type`, one after another and in
-// float32. The types are the same, or that of the parts is float32; where `out` has 2 bytes a value, parts and out are
-// 16-byte aligned and 8 divides `inner`.
+// out (outer, inner) = the sum of the parts (outer, number, inner), one after another and in float32. Where the type
+// has 2 bytes, parts and out are 16-byte aligned and 8 divides `inner`.
 struct CombineParams {
   const void* parts;
   void* out;
   int64_t outer, inner;
   int number;
 };
-cudaError_t run_combine(const CombineParams& p, ElementType type, ElementType out_type, cudaStream_t stream);
+cudaError_t run_combine(const CombineParams& p, ElementType type, cudaStream_t stream);

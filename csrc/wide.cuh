@@ -24,7 +24,8 @@ struct Wide {
   static constexpr int kStageBytes = (kGroups + kPanels) * kPanelBytes;
   static constexpr int kStaging = kGroups == 2 ? 2 : 1;  // panels of results on their way to memory, of a warpgroup
   static constexpr int kFirstRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : 152, kProducerRegisters = kGroups == 2 ? 48 : 56;
+  static constexpr int kConsumerRegisters = kGroups == 2 ? 224 : 152, kProducerRegisters = 56;
+  static_assert(kGroups * kConsumerRegisters + kProducerRegisters <= (kGroups + 1) * kFirstRegisters);
 };
 
 // A tile of one output: rows of a chunk.
@@ -47,6 +48,7 @@ struct alignas(1024) WideShared {
     alignas(8) float weights[kMostChunk];  // powers of λ, by token or by distance
     int bad[T::kN];  // of each column, the token from which on it is not finite, in the direction of the pass
   };
+  int found[T::kStages];  // whether some values of a stage are not finite
   Barrier full[T::kStages], empty[T::kStages];
   OutputUnit units[2];  // of which one is being worked on
   Barrier unit_full[2], unit_empty[2];
@@ -59,6 +61,7 @@ __device__ void init_barriers(WideShared<T>& shared) {
       shared.full[stage].init(1);
       shared.empty[stage].init(T::kGroups * kWarpgroup / 32 * kArriving);
     }
+    for (int& found : shared.found) found = false;
     for (int unit = 0; unit < 2; ++unit) {
       shared.unit_full[unit].init(1);
       shared.unit_empty[unit].init(T::kGroups * kWarpgroup / 32 * kArriving);

@@ -117,17 +117,19 @@ struct WideOutputMaker : Consumer<T> {
     bool found = false;
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) found |= search[i].found();
-    if (any_of_threads(1, T::kConsumers, found)) take_out(stage, token, reverse);
+    if (__any_sync(~0u, found) && threadIdx.x % 32 == 0) this->shared.found[stage] = true;
+    this->sync();
+    if (this->shared.found[stage]) take_out(stage, token, reverse);
   }
 
   // Takes them out, and keeps from which token on each column is not finite, in the order of the pass.
   __device__ void take_out(int stage, int token, bool reverse) {
     auto& bad = this->shared.bad;
-    if (!spoiled) {
+    if (!spoiled)
       for (int x = threadIdx.x; x < T::kN; x += T::kConsumers) bad[x] = reverse ? -1 : kMostChunk;
-      this->sync();
-    }
     spoiled = true;
+    this->sync();
+    if (threadIdx.x == 0) this->shared.found[stage] = false;  // all have seen it
     const auto found = [&](int column, int at) {
       if (reverse)
         atomicMax(&bad[column], at);

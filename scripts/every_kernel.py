@@ -13,7 +13,7 @@ WIDTHS = [(64, 64), (128, 128), (256, 64), (40, 24), (136, 200), (200, 136)]
 # For what some widths alone need: rows not aligned, unit length outside of passes.
 MORE_WIDTHS = [(7, 33), (7, 136), (40, 136), (128, 136), (24, 24), (1032, 8)]
 # A wide head for each tile, in chunks of 64 tokens.
-WIDE = [(264, 136), (136, 512)]
+WIDE = [(264, 136), (512, 256)]
 
 
 def call(d: int, e: int, dtype: torch.dtype, device: torch.device, qk_norm: bool, packed: bool, backend: str) -> None:
