@@ -49,7 +49,7 @@ struct alignas(1024) WideShared {
     int bad[T::kN];  // of each column, the token from which on it is not finite, in the direction of the pass
   };
   int found[T::kStages];  // whether some values of a stage are not finite
-  Barrier full[T::kStages], empty[T::kStages];
+  Barrier full[T::kStages], empty[T::kStages], met;
   OutputUnit units[2];  // of which one is being worked on
   Barrier unit_full[2], unit_empty[2];
 };
@@ -61,6 +61,7 @@ __device__ void init_barriers(WideShared<T>& shared) {
       shared.full[stage].init(1);
       shared.empty[stage].init(T::kGroups * kWarpgroup / 32 * kArriving);
     }
+    shared.met.init(T::kGroups * kWarpgroup / 32 * kArriving);
     for (int& found : shared.found) found = false;
     for (int unit = 0; unit < 2; ++unit) {
       shared.unit_full[unit].init(1);
@@ -135,7 +136,7 @@ struct Consumer {
   using Element = typename T::Element;
   WideShared<T>& shared;
   const int group;
-  int step = 0;
+  int step = 0, meetings = 0;
   float acc[T::kN / 2];  // 64 × kN, as wgmma.cuh says
 
   __device__ Consumer(WideShared<T>& shared, int group) : shared(shared), group(group) {}
@@ -143,7 +144,11 @@ struct Consumer {
   __device__ uint32_t left(int stage) const { return shared_address(shared.stages[stage]) + group * kPanelBytes; }
   __device__ uint32_t right(int stage) const { return shared_address(shared.stages[stage]) + T::kGroups * kPanelBytes; }
   __device__ void release(int stage) { arrive_as_warp(shared.empty[stage]); }
-  __device__ void sync() { sync_threads(1, T::kConsumers); }
+  // All warpgroups meet, wherever in the code each of them is: one may multiply a stage that another lets go by.
+  __device__ void sync() {
+    arrive_as_warp(shared.met);
+    shared.met.wait(meetings++ & 1);
+  }
 
   __device__ void clear() {
 #pragma unroll
