@@ -112,7 +112,8 @@ FLOORS = [  # the shapes (B, H, T, D) of the published comparison of lightning a
     (16, 16, 2048, 128), (8, 16, 4096, 128), (2, 16, 16384, 128), (1, 16, 65536, 128), (1, 32, 131072, 128),
     (8, 12, 4096, 64), (8, 4, 4096, 256), (8, 1, 4096, 768), (8, 2, 4096, 1024),
 ]  # fmt: skip
-WIDE = [(8, 2, 4096, 384), (8, 1, 4096, 512), *FLOORS[-2:]]  # heads that several tiles of the kernels make up
+# Heads that no block holds.
+WIDE = [(8, 2, 4096, 384), (8, 1, 4096, 512), *FLOORS[-2:], (1, 1, 32768, 768), (16, 1, 512, 768)]
 GROUPS: dict[str, list[Case]] = {
     "writings": _writings(),
     "lengths": _lengths(256, 512, 1024, 2048, 4096),

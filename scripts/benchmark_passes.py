@@ -8,7 +8,7 @@ import torch
 from ops import lightning_cuda
 from ops.kernels import unit_length
 
-from .benchmark_cases import FLOORS
+from .benchmark_cases import FLOORS, WIDE
 from .measure import Run, header, median_seconds
 
 
@@ -20,13 +20,26 @@ class Shape:
     H: int
     T: int
     D: int
+    E: int | None = None  # width of v, if not D
     G: int | None = None
     qk_norm: bool = False
     outside: bool = False  # unit length by kernels of its own
     bounds: tuple[int, ...] | None = None
 
+    def floors(self, flops: float, bandwidth: float) -> tuple[float, float]:
+        """Milliseconds that forward, and both passes, need at so many flop and bytes a second, whichever is more.
+
+        4 D E flop a token and head, and 2.5 times that backward; 4 tensors read or written, and 7 backward.
+        """
+        d, e = self.D, self.E or self.D
+        tokens, bytes_forward = self.B * self.H * self.T, 2 * (2 * d + 2 * e)
+        times = ((4 * d * e, bytes_forward), (14 * d * e, bytes_forward + 2 * (4 * d + 3 * e)))
+        forward, together = (tokens * max(work / flops, moved / bandwidth) * 1e3 for work, moved in times)
+        return forward, together
+
     def __str__(self) -> str:
         marks = {
+            f"E {self.E}": self.E,
             f"{self.G} key/value": self.G,
             "norm": self.qk_norm,
             "norm outside": self.outside,
@@ -35,6 +48,7 @@ class Shape:
         return ", ".join([str((self.B, self.H, self.T, self.D)), *(mark for mark, given in marks.items() if given)])
 
 
+OTHER_WIDTHS = [(640, 640), (896, 896), (768, 1536), (1024, 512)]  # D and E
 GROUPS = {
     "base": [Shape(*shape) for shape in FLOORS],
     "norm": [
@@ -46,6 +60,7 @@ GROUPS = {
         Shape(1, 16, 65536, 128, bounds=tuple(range(0, 65537, 4096))),
         Shape(1, 16, 65536, 128),
     ],
+    "wide": [*(Shape(*shape) for shape in WIDE), *(Shape(8, 1, 4096, *widths) for widths in OTHER_WIDTHS)],
     "long": [Shape(64, 16, 2048, 128), Shape(1, 16, 131072, 128)],
 }
 
@@ -54,13 +69,13 @@ def measured(shape: Shape, repeats: int, device: torch.device) -> tuple[float, f
     """Median milliseconds of forward and of backward."""
     random = torch.Generator(device=device).manual_seed(0)
 
-    def vectors(heads: int, unit: bool) -> torch.Tensor:
-        x = torch.randn(shape.B, heads, shape.T, shape.D, device=device, generator=random)
+    def vectors(heads: int, width: int, unit: bool) -> torch.Tensor:
+        x = torch.randn(shape.B, heads, shape.T, width, device=device, generator=random)
         return (torch.nn.functional.normalize(x, dim=-1) if unit else x).bfloat16()
 
     shared = shape.G or shape.H
-    q, k = (vectors(heads, not shape.qk_norm and not shape.outside) for heads in (shape.H, shared))
-    v, do = (vectors(heads, False) for heads in (shared, shape.H))
+    q, k = (vectors(heads, shape.D, not shape.qk_norm and not shape.outside) for heads in (shape.H, shared))
+    v, do = (vectors(heads, shape.E or shape.D, False) for heads in (shared, shape.H))
     log_decay = -torch.rand(shape.H, device=device, generator=random) * 0.1
     bounds = None if shape.bounds is None else torch.tensor(shape.bounds, device=device, dtype=torch.int32)
     lengths = lightning_cuda.empty_kept(q, k, v, shape.qk_norm)
@@ -86,6 +101,15 @@ def measured(shape: Shape, repeats: int, device: torch.device) -> tuple[float, f
     return median(forward), median(backward)
 
 
+def ceilings(device: torch.device) -> tuple[float, float]:
+    """Flop a second of a product of 8,192 × 8,192 bfloat16 matrices, bytes a second of a copy of 1 GiB."""
+    a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    copy = torch.empty_like(source)
+    flops = 2 * 8192**3 / median_seconds(lambda: a @ b, 25, device)
+    return flops, 2 * 2**30 / median_seconds(lambda: copy.copy_(source), 25, device)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.benchmark_passes", description=__doc__)
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all by default")
@@ -102,10 +126,17 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(reason)
     device = torch.device("cuda")
     print(header(device))
+    flops, bandwidth = ceilings(device)
+    print(f"a matrix product {flops / 1e12:.0f} TFLOP/s, a copy {bandwidth / 1e12:.2f} TB/s")
     for name in args.groups or GROUPS:
         for shape in GROUPS[name]:
             forward, backward = measured(shape, args.repeats, device)
-            print(f"{shape!s:45} forward {forward:.4f} ms, backward {backward:.4f}, together {forward + backward:.4f}")
+            together, floors = forward + backward, shape.floors(flops, bandwidth)
+            print(
+                f"{shape!s:45} forward {forward:.4f} ms, backward {backward:.4f}, together {together:.4f};"
+                f" {forward / floors[0]:.2f} and {together / floors[1]:.2f} times the floors"
+                f" {floors[0]:.4f}, {floors[1]:.4f}"
+            )
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ def _kept_from_the_kernels(q: Tensor, v: Tensor) -> str:  # a mock object would 
     return "kept from the kernels"
 
 
-def read_config(path: Path, qk_norm: str | None) -> TransnormerConfig:
-    """That of the `model` of a training configuration."""
+def read_config(path: Path, **instead: str | int | None) -> TransnormerConfig:
+    """That of the `model` of a training configuration, but for what is given."""
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -52,7 +52,7 @@ def read_config(path: Path, qk_norm: str | None) -> TransnormerConfig:
     shape = content.get("model") if isinstance(content, dict) else None
     if not isinstance(shape, dict):
         raise ValueError(f"{path}: expected keys with `model` among them, a mapping")
-    return TransnormerConfig(**(shape if qk_norm is None else {**shape, "qk_norm": qk_norm}))
+    return TransnormerConfig(**{**shape, **{name: value for name, value in instead.items() if value is not None}})
 
 
 def train(config: TransnormerConfig, text: bytes, args: argparse.Namespace) -> tuple[list[float], float]:
@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--backends", nargs="+", choices=["torch", "cuda"], default=["torch", "cuda"])
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16", help="of autocast; weights are float32")
     parser.add_argument("--qk-norm", choices=["none", "l2"], help="instead of the config's")
+    parser.add_argument("--heads", type=int, help="instead of the config's; their width is what is left for each")
     parser.add_argument("--steps", type=int, default=50, help=f"more than {WARM_UP}")
     parser.add_argument("--batch", type=int, default=16, help="rows")
     parser.add_argument("--tokens", type=int, default=2048, help="of a row")
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 < args.lr < math.inf:
         parser.error(f"--lr: expected a number above 0, got {args.lr}")
     try:
-        config = read_config(args.config, args.qk_norm)
+        config = read_config(args.config, qk_norm=args.qk_norm, num_attention_heads=args.heads)
         text = args.text.read_bytes()
         next(batches(text, 1, args.batch, args.tokens))
     except (OSError, TypeError, ValueError) as error:

@@ -42,7 +42,7 @@ def test_passes_get_the_arguments_that_a_shape_says(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("main", "options", "said"),
     [
-        (benchmark_passes.main, ["wide"], "expected some of base, norm, group, packed, long, got wide"),
+        (benchmark_passes.main, ["broad"], "expected some of base, norm, group, packed, wide, long, got broad"),
         (benchmark_passes.main, ["--repeats", "0"], "--repeats: expected a whole number from 1, got 0"),
         (every_kernel.main, ["--dtypes", "float64"], "invalid choice: 'float64'"),
     ],
