@@ -123,11 +123,10 @@ struct Producer {
   }
 };
 
-// Which tokens a tile of results belongs to.
+// How many rows of a tile of results count, and whether what lies behind them in memory belongs to others.
 struct RowsOf {
-  int token;   // the first
-  int n;       // how many there are
-  bool alone;  // whether what lies behind them belongs to others
+  int n;
+  bool amid_others;
 };
 
 // A thread of the warpgroups that multiply.
@@ -211,7 +210,7 @@ struct Consumer {
   __device__ void put_out(const HeadOf& to, int first_panel, int first_row, const RowsOf& of, void* rows, int width) {
     const int n = of.n - group * 64;
     if (n <= 0) return;
-    const bool by_rows = of.alone && n < 64;
+    const bool by_rows = of.amid_others && n < 64;
 #pragma unroll
     for (int panel = 0; panel < T::kPanels; ++panel) {
       const Lane at;

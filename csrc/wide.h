@@ -39,7 +39,7 @@ struct WideOutput {
   TiledTensor states, initial;    // initial: of sequences, in the inputs' type
   TiledTensor scores, out;        // out (B, H, T, width)
   void* out_rows;                 // the same where the copy engine can't write
-  int has_states, has_initial;    // whether a sequence has more than one chunk, and begins with a state
+  int has_initial;                // whether sequences begin with a state
   int transposed_state, reverse;  // reverse: the next chunk's state is read, and scores are transposed
   int depth, width, tiles;
 };
@@ -51,7 +51,7 @@ struct WideOutputParams {
   int number;
   Pieces chunks;
   const float* log_decay;
-  int batch, heads, chunk, slots;
+  int batch, heads;
   int row_tiles;   // of a chunk
   int last_first;  // whether the last chunks come first: those that were prepared last
   int64_t units;   // pieces of work

@@ -140,11 +140,10 @@ struct Outputs {
           const Tensor& ticket, int64_t heads, int64_t chunk, int64_t tile_rows)
       : like(q), tile(tile_of(tile_rows)) {
     check_chunk(q, chunk);
-    p.batch = q.size(0), p.heads = heads, p.chunk = chunk;
+    p.batch = q.size(0), p.heads = heads;
     p.chunks = pieces_of(table, q, chunk, false);
     p.log_decay = log_decay_of(log_decay, q, p.heads);
     p.ticket = ticket_of(ticket, q);
-    p.slots = slots_of(p.chunks, p.batch);
     p.row_tiles = (std::min<int64_t>(chunk, p.chunks.tokens) + tile.rows - 1) / tile.rows;
   }
 
@@ -156,12 +155,12 @@ struct Outputs {
     const int64_t d = transposed ? of.width : of.depth, e = transposed ? of.depth : of.width;
     of.x = boxes_of(x, "x", like, p.heads, of.depth, left_down(tile));
     of.w = boxes_of(w, "w", like, p.heads, of.width, right_across(tile));
-    of.scores = boxes_of_own(scores, "scores", like, {p.batch, p.heads, p.chunks.tokens, p.chunk},
+    of.scores = boxes_of_own(scores, "scores", like, {p.batch, p.heads, p.chunks.tokens, p.chunks.segment_length},
                              reverse ? left_across(tile) : left_down(tile));
     of.out = boxes_of_own(out, "out", like, {p.batch, p.heads, p.chunks.tokens, of.width}, kStored);
     of.out_rows = out.data_ptr();
     CHECK(states.has_value() == (p.chunks.segments > 1), "states: expected with more than one chunk");
-    of.has_states = states.has_value(), of.has_initial = initial.has_value();
+    of.has_initial = initial.has_value();
     const Boxes of_state = transposed ? right_down(tile) : right_across(tile);
     const int64_t chunks = int64_t(p.batch) * p.chunks.segments;
     if (states) of.states = boxes_of_own(*states, "states", like, {chunks, p.heads, d, e}, of_state);
@@ -173,7 +172,7 @@ struct Outputs {
   void run() {
     int64_t tiles = 0;
     for (int i = 0; i < p.number; ++i) tiles += p.outputs[i].tiles;
-    p.units = int64_t(p.slots) * p.heads * p.row_tiles * tiles;
+    p.units = slots_of(p.chunks, p.batch) * p.heads * p.row_tiles * tiles;
     CHECK(p.units < int64_t(1) << 31, "too many pieces of work: ", p.units);
     int multiprocessors = 0;
     check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, like.get_device_index()));

@@ -208,7 +208,7 @@ struct WideOutputMaker : Consumer<T> {
     Element* rows = static_cast<Element*>(of.out_rows) +
                     ((int64_t(unit.batch) * p.heads + unit.head) * p.chunks.tokens + token) * of.width;
     this->put_out(HeadOf(of.out, unit.head, unit.batch), unit.column_tile * T::kPanels, token,
-                  {0, length - unit.first, p.chunks.table != nullptr}, rows, of.width);
+                  {length - unit.first, p.chunks.table != nullptr}, rows, of.width);
   }
 };
 

@@ -184,7 +184,7 @@ struct StateMaker : Consumer<T> {
       if (p.sums || (unit.work.last && i == unit.chunks - 1)) continue;
       const int after = unit.work.batch * p.chunks.segments + start / p.chunk;
       this->put_out(HeadOf(p.states, unit.head, after), unit.e_tile * T::kPanels, unit.d_tile * T::kRows,
-                    {0, p.d - unit.d_tile * T::kRows, false}, nullptr, p.e);
+                    {p.d - unit.d_tile * T::kRows, false}, nullptr, p.e);
     }
     if (p.sums)
       store(p.carry, p.carry_strides, unit.work.carry);
@@ -212,7 +212,7 @@ __device__ void make_scores(const PrepareParams& p, WideShared<T>& shared, int g
     me.acc[x] = here < 0 ? 0.f : me.acc[x] * shared.weights[here];
   }
   const int first = unit.row_tile * T::kRows;
-  const RowsOf rows{0, unit.work.length - first, p.chunks.table != nullptr};
+  const RowsOf rows{unit.work.length - first, p.chunks.table != nullptr};
   auto* memory =
       static_cast<typename T::Element*>(p.score_rows) +
       ((int64_t(unit.work.batch) * p.heads + unit.head) * p.chunks.tokens + unit.work.start + first) * p.chunk;
