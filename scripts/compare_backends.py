@@ -110,6 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, least in (("batch", 1), ("tokens", 2)):
         if getattr(args, name) < least:
             parser.error(f"--{name}: expected a whole number from {least}, got {getattr(args, name)}")
+    if args.heads is not None and args.heads < 1:
+        parser.error(f"--heads: expected a whole number from 1, got {args.heads}")
     if len(set(args.backends)) < len(args.backends):
         parser.error(f"--backends: expected each once, got {' '.join(args.backends)}")
     if not 0 < args.lr < math.inf:

@@ -68,6 +68,7 @@ def test_batches_begin_again() -> None:
         (["--steps", "10"], "--steps: expected more than 10, got 10"),
         (["--batch", "0"], "--batch: expected a whole number from 1, got 0"),
         (["--tokens", "1"], "--tokens: expected a whole number from 2, got 1"),
+        (["--heads", "0"], "--heads: expected a whole number from 1, got 0"),
         (["--backends", "torch", "torch"], "--backends: expected each once, got torch torch"),
         (["--backends", "torch", "--tokens", "2048"], "text: expected 8192 bytes for a batch, got 2250"),
         (["--backends", "torch", "--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
