@@ -24,7 +24,7 @@ __global__ void plan_kernel(const int* cu_seqlens, int sequences, int tokens, in
     short_ones &= cu_seqlens[n + 1] - cu_seqlens[n] <= whole;
   }
   good = __syncthreads_and(good);
-  const bool all_whole = __syncthreads_and(short_ones);
+  const bool all_whole = __syncthreads_and(short_ones) && good;
   if (all_whole) segment_length = tokens;
   if (thread == 0) used = 0;
   __syncthreads();

@@ -217,7 +217,12 @@ struct Consumer {
       const int column = (first_panel + panel) * kPanel;
       if (column >= width) break;
       uint8_t* staged = shared.staging[group][panel % T::kStaging];
-      if (at.thread == 0) wait_for_stores<T::kStaging - 1>();
+      if (at.thread == 0) {
+        if (panel == 0)
+          wait_for_stores();  // of the tile before, however many panels it had
+        else
+          wait_for_stores<T::kStaging - 1>();
+      }
       sync_threads(2 + group, kWarpgroup);
 #pragma unroll
       for (int x = 0; x < 4; ++x) {

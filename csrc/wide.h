@@ -53,7 +53,7 @@ struct WideOutputParams {
   const float* log_decay;
   int batch, heads;
   int row_tiles;   // of a chunk
-  int last_first;  // whether the last chunks come first: those that were prepared last
+  int last_first;  // whether the last chunks of rows come first: they were prepared last
   int64_t units;   // pieces of work
   int* ticket;     // how many of them were taken, 0 at first
 };

@@ -173,7 +173,7 @@ struct Outputs {
     int64_t tiles = 0;
     for (int i = 0; i < p.number; ++i) tiles += p.outputs[i].tiles;
     p.units = slots_of(p.chunks, p.batch) * p.heads * p.row_tiles * tiles;
-    CHECK(p.units < int64_t(1) << 31, "too many pieces of work: ", p.units);
+    CHECK(p.units < (int64_t(1) << 31) - (1 << 16), "too many pieces of work: ", p.units);
     int multiprocessors = 0;
     check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, like.get_device_index()));
     const cudaStream_t stream = stream_of(like);

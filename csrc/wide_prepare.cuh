@@ -20,7 +20,8 @@ struct StateUnit {
     used = find_work(p.segments, unit / tiles / p.heads, work) && !(p.sums && work.last);
     chunks = used ? (work.length + p.chunk - 1) / p.chunk : 0;
     // The state after a sequence is wanted only if asked for.
-    walked = !p.sums && work.last && p.final == nullptr ? chunks - 1 : chunks;
+    walked = used && !p.sums && work.last && p.final == nullptr ? chunks - 1 : chunks;
+    used = used && (p.sums || walked > 0 || p.final != nullptr);
   }
   // The i-th chunk in the order of the pass: its first token, and how many.
   __device__ int start(const PrepareParams& p, int i) const {

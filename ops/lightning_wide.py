@@ -20,7 +20,7 @@ from .kernels import cut, multiprocessors, sum_groups
 
 NARROW = 256  # the widest head for which one block keeps all of the keys' side of the state
 SQUARE, LONG = (192, 192), (128, 256)  # kSquareTile and kLongTile of csrc/wide.h
-CHUNKS = {SQUARE: 384, LONG: 512}  # tokens: whole tiles of scores, and states no larger in memory than q or v
+CHUNKS = {SQUARE: 384, LONG: 512}  # tokens: whole tiles of scores; states take D / 384 or D / 512 of what q takes
 
 
 class Prepared(NamedTuple):

@@ -32,6 +32,7 @@ CASES = [
     *(Case(T=t, D=384, E=384, **SMALL) for t in (1, 2, 63, 64, 65, 127, 191, 192, 193, 200, 384, 385)),
     *(Case(T=t, D=512, E=512, **ONE) for t in (64, 127, 129, 255, 257, 512, 513)),
     *(Case(T=800, D=d, E=e, **ONE) for d, e in ((768, 768), (1024, 1024), (640, 896), (768, 1536), (1024, 512))),
+    *(Case(T=700, D=d, E=e, **SMALL) for d, e in ((128, 320), (64, 512))),  # the last tile of odd panels
     *(Case(T=150, D=d, E=e, **SMALL) for d, e in ((264, 264), (257, 300), (8, 264), (264, 8), (1, 513), (576, 200))),
     *(Case(T=500, decay=decay, D=320, E=320) for decay in (None, 0.0, -1e-6, -8.0, -50.0, -float("inf"))),
     *(Case(T=200, Gk=a, Gv=b, D=264, E=320) for a, b in ((1, 1), (2, 2), (1, 4), (4, 2))),
@@ -161,9 +162,9 @@ def test_nan_stays_in_its_packed_sequence(sequence: int, device: torch.device) -
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("bad", [(5, 100), (0, 80), (0, 100, 50, 100)])
+@pytest.mark.parametrize("bad", [(5, 1000), (0, 300), (5, 300, 600), (0, 1000, 50, 1000)])
 def test_bad_bounds_and_positive_decays_give_nan(bad: tuple[int, ...], device: torch.device) -> None:
-    q = torch.randn(1, 1, 100, 320, device=device, dtype=torch.bfloat16)
+    q = torch.randn(1, 1, 1000, 320, device=device, dtype=torch.bfloat16)
     bounds = torch.tensor(bad, dtype=torch.int32, device=device)
     decay = torch.tensor([-0.1], device=device)
     o, state = lightning_attention(q, q, q, decay, cu_seqlens=bounds, output_final_state=True, backend="cuda")
