@@ -85,7 +85,7 @@ struct PassParams {
   // segments each of 4 warps has done with, and how many pieces of work were taken; counts and ticket begin at 0.
   float* chain;
   int *counts, *ticket;
-  // By the others: (B × segments, H, D, E), the state after each segment.
+  // In float32: (B × segments, H, D, E), the state after each segment. Wide heads take `scan_kernel` for the same.
   float* carry;
   StateStrides carry_strides;
   // Of packed sequences, else null. One more entry: how many are used; 1 if all sequences are whole; -1 for bad bounds.

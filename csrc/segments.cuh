@@ -31,7 +31,7 @@ __device__ bool find_work(const Params& p, int slot, Work& work) {
     work.valid = true;
   }
   work.slot = slot;
-  // Segments that are not the last of their sequence have the full length, so no two begin in the same stretch of it.
+  // Two segments that hand a state on don't begin in the same stretch: one of full length lies between their starts.
   work.carry = work.batch * p.segments + work.start / p.segment_length;
   work.first = p.reverse ? ends : begins;
   work.last = p.reverse ? begins : ends;

@@ -26,7 +26,7 @@ struct PrepareParams {
   StateStrides final_strides;
   float* carry;  // (B × segments, H, D, E): the state after each segment; null where sequences are whole
   StateStrides carry_strides;
-  int sums;  // whether only what a segment adds to the state is wanted, in `carry`
+  int sums;  // whether only the state after each segment is wanted, in `carry`: begun with `initial` or with zeros
   int batch, heads, d, e, depth, chunk, reverse;
   int d_tiles, e_tiles, score_tiles;  // of the state, and of a chunk's scores
   int64_t state_units, score_units;   // pieces of work

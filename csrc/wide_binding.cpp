@@ -88,7 +88,7 @@ void wide_prepare(const Tensor& a, const Tensor& b, const Tensor& rows, const Te
   p.batch = a.size(0), p.heads = scores.size(1), p.d = a.size(3), p.e = b.size(3), p.depth = rows.size(3);
   p.chunk = chunk, p.reverse = reverse;
   const WideTile tile = tile_of(tile_rows);
-  p.a = boxes_of(a, "a", a, p.heads, p.d, left_across(tile)),
+  p.a = boxes_of(a, "a", a, p.heads, p.d, left_across(tile));
   p.b = boxes_of(b, "b", a, p.heads, p.e, right_across(tile));
   p.rows = boxes_of(rows, "rows", a, p.heads, p.depth, left_down(tile));
   p.columns = boxes_of(columns, "columns", a, p.heads, p.depth, right_down(tile));

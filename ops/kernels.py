@@ -12,7 +12,7 @@ from torch import Tensor
 class Segments(NamedTuple):
     """How sequences are cut so that all multiprocessors have work."""
 
-    length: int  # tokens of a segment, a multiple of `CHUNK`
+    length: int  # tokens of a segment, a multiple of 64
     number: int  # of segments of a row of the batch
     table: Tensor | None  # of packed sequences: (segments + 1, 4) int32, Segment of csrc/params.h
 

@@ -7,7 +7,7 @@ the same thing with other names:
     dk = ((do vᵀ) ⊙ M)ᵀ q        a pass from right to left with v, do, q
 Each of them carries a state, of which the gradient of the final state is the first value for dv and dk, and the last
 value is the gradient of the initial state. In 2-byte types up to a width of 128 dv and dk are one pass, which carries
-it once. `csrc/README.md` has the equations.
+it once; wide heads (`is_wide`) take the kernels of `lightning_wide`. `csrc/README.md` has the equations.
 """
 
 import functools

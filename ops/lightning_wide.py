@@ -154,8 +154,9 @@ CUTTING = 256  # tokens that a block walks through in the time in which the stat
 def _segment_length(chains: int, tokens: int, chunk: int, slots: int) -> tuple[int, int]:
     """Tokens of a segment, and of the longest packed sequence for which cutting does not pay.
 
-    `chains`: heads and tiles of all rows; `slots`: blocks that run at a time. All segments of a cut
-    sequence but the last are walked over twice: to find what each adds to the state, and with the state before it.
+    `chains`: heads and tiles of all rows; `slots`: blocks that run at a time. All segments of a cut sequence but the
+    last are walked over twice: to find the state after each (of the first with the initial state, of others with
+    none, which are then added up), and with the state before it.
     """
 
     def walked(length: int) -> int:
