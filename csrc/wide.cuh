@@ -22,7 +22,6 @@ struct Wide {
   static constexpr int kThreads = (kGroups + 1) * kWarpgroup, kConsumers = kGroups * kWarpgroup;
   static constexpr int kStages = 4, kDepth = 64;
   static constexpr int kStageBytes = (kGroups + kPanels) * kPanelBytes;
-  static constexpr int kStaging = kGroups == 2 ? 2 : 1;  // panels of results on their way to memory, of a warpgroup
   static constexpr int kFirstRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kConsumerRegisters = kGroups == 2 ? 224 : 152, kProducerRegisters = 56;
   static_assert(kGroups * kConsumerRegisters + kProducerRegisters <= (kGroups + 1) * kFirstRegisters);
@@ -43,7 +42,7 @@ struct OutputUnit {
 template <class T>
 struct alignas(1024) WideShared {
   uint8_t stages[T::kStages][T::kStageBytes];  // the left tile, a box for each warpgroup, and the right one
-  uint8_t staging[T::kGroups][T::kStaging][kPanelBytes];
+  uint8_t staging[T::kGroups][kPanelBytes];    // results on their way to memory
   union {
     alignas(8) float weights[kMostChunk];  // powers of λ, by token or by distance
     int bad[T::kN];  // of each column, the token from which on it is not finite, in the direction of the pass
@@ -123,12 +122,6 @@ struct Producer {
   }
 };
 
-// How many rows of a tile of results count, and whether what lies behind them in memory belongs to others.
-struct RowsOf {
-  int n;
-  bool amid_others;
-};
-
 // A thread of the warpgroups that multiply.
 template <class T>
 struct Consumer {
@@ -205,47 +198,31 @@ struct Consumer {
     sync();
   }
 
-  // To memory, panel by panel: by the copy engine, or row by row amid others. `rows` is the first of its rows there, of
-  // `width` columns; this warpgroup has those from group · 64 on.
-  __device__ void put_out(const HeadOf& to, int first_panel, int first_row, const RowsOf& of, void* rows, int width) {
-    const int n = of.n - group * 64;
-    if (n <= 0) return;
-    const bool by_rows = of.amid_others && n < 64;
+  // To memory, the first rows and columns that count, of rows `width` apart; `to` is where the tile begins. Each warp
+  // turns its 16 rows of a panel in shared memory, so that 8 lanes write a row's 128 bytes, and waits for nobody.
+  __device__ void put_out(Element* to, int rows, int columns, int width) {
+    const Lane at;
+    const int warp_row = at.thread / 32 * 16, first_row = warp_row + at.lane / 8, piece = at.lane % 8;
+    const uint32_t staged = shared_address(shared.staging[group]);
+    to += int64_t(group * 64 + first_row) * width + piece * 8;
+    rows -= group * 64 + first_row;
+    columns -= piece * 8;
 #pragma unroll
     for (int panel = 0; panel < T::kPanels; ++panel) {
-      const Lane at;
-      const int column = (first_panel + panel) * kPanel;
-      if (column >= width) break;
-      uint8_t* staged = shared.staging[group][panel % T::kStaging];
-      if (at.thread == 0) {
-        if (panel == 0)
-          wait_for_stores();  // of the tile before, however many panels it had
-        else
-          wait_for_stores<T::kStaging - 1>();
-      }
-      sync_threads(2 + group, kWarpgroup);
 #pragma unroll
       for (int x = 0; x < 4; ++x) {
         const float* values = &acc[panel * 32 + x * 8];
-        store_blocks(shared_address(staged) + at.block(x),
-                     {pack<Element>(values[0], values[1]), pack<Element>(values[2], values[3]),
-                      pack<Element>(values[4], values[5]), pack<Element>(values[6], values[7])});
+        store_blocks(staged + at.block(x), {pack<Element>(values[0], values[1]), pack<Element>(values[2], values[3]),
+                                            pack<Element>(values[4], values[5]), pack<Element>(values[6], values[7])});
       }
-      fence_for_async();
-      sync_threads(2 + group, kWarpgroup);
-      if (by_rows) {
-        for (int x = at.thread; x < n * 8; x += kWarpgroup) {
-          const int i = x / 8, piece = x % 8;
-          if (column + piece * 8 < width)
-            *reinterpret_cast<uint4*>(static_cast<Element*>(rows) + int64_t(group * 64 + i) * width + column +
-                                      piece * 8) = load_piece(shared_address(staged) + piece_offset(i, piece));
-        }
-        sync_threads(2 + group, kWarpgroup);
-      } else if (at.thread == 0) {
-        store_box(to.tensor.map, staged, Keep::kNormal,
-                  to.tensor.corner(first_panel + panel, first_row + group * 64, to.head, to.row));
-        commit_stores();
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i * 4 < rows && panel * kPanel < columns)
+          *reinterpret_cast<uint4*>(to + int64_t(i * 4) * width + panel * kPanel) =
+              load_piece(staged + piece_offset(first_row + i * 4, piece));
       }
+      __syncwarp();
     }
   }
 };
@@ -261,7 +238,6 @@ __device__ void by_role(Produce produce, Consume consume) {
   } else {
     set_registers<T::kConsumerRegisters, T::kFirstRegisters>();
     consume(group);
-    if (threadIdx.x % kWarpgroup == 0) wait_for_stores();
   }
 }
 

@@ -15,9 +15,8 @@ struct Pieces {
 struct PrepareParams {
   TiledTensor a, b;           // (B, heads, T, D) and (B, heads, T, E): the state gains aᵀ b
   TiledTensor rows, columns;  // (B, heads, T, depth): what scores are products of
-  TiledTensor states;       // (B × chunks of T tokens, H, D, E) in the inputs' type: after the chunk that begins there
-  TiledTensor scores;       // (B, H, T, chunk) in the inputs' type
-  void* score_rows;         // the same where the copy engine can't write
+  void* states;             // (B × chunks of T tokens, H, D, E) in the inputs' type: after the chunk that begins there
+  void* scores;             // (B, H, T, chunk) in the inputs' type
   Pieces segments, chunks;  // what states walk over from end to end, and of what scores are
   const float* log_decay;   // (H,) or null
   const float* initial;     // null: zeros
@@ -35,10 +34,10 @@ struct PrepareParams {
 
 // out = r (x S) + P w with what was prepared, or with the transpose of S and P.
 struct WideOutput {
-  TiledTensor x, w;               // (B, heads, T, depth), (B, heads, T, width)
-  TiledTensor states, initial;    // initial: of sequences, in the inputs' type
-  TiledTensor scores, out;        // out (B, H, T, width)
-  void* out_rows;                 // the same where the copy engine can't write
+  TiledTensor x, w;             // (B, heads, T, depth), (B, heads, T, width)
+  TiledTensor states, initial;  // initial: of sequences, in the inputs' type
+  TiledTensor scores;
+  void* out;                      // (B, H, T, width)
   int has_initial;                // whether sequences begin with a state
   int transposed_state, reverse;  // reverse: the next chunk's state is read, and scores are transposed
   int depth, width, tiles;

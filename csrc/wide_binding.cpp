@@ -35,7 +35,6 @@ Boxes left_across(WideTile tile) { return {64, tile.rows}; }
 Boxes left_down(WideTile tile) { return {tile.rows, 64}; }
 Boxes right_across(WideTile tile) { return {64, tile.columns}; }
 Boxes right_down(WideTile tile) { return {tile.columns, 64}; }
-constexpr Boxes kStored = {64, 64};
 
 // A tensor (B, heads, T, width).
 TiledTensor boxes_of(const Tensor& x, const char* name, const Tensor& like, int64_t heads, int64_t width, Boxes boxes) {
@@ -45,11 +44,18 @@ TiledTensor boxes_of(const Tensor& x, const char* name, const Tensor& like, int6
 }
 
 // The states that chunks hand on, scores or outputs: contiguous, in the inputs' type.
-TiledTensor boxes_of_own(const Tensor& x, const char* name, const Tensor& like, std::initializer_list<int64_t> expected,
-                         Boxes boxes) {
+void* memory_of(const Tensor& x, const char* name, const Tensor& like, std::initializer_list<int64_t> expected) {
   check_same(x, name, like.scalar_type(), like);
   check_shape(x, name, expected);
   CHECK(x.is_contiguous(), name, ": expected contiguous");
+  CHECK(x.size(3) % 8 == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name, ": expected rows of 16 bytes");
+  return x.data_ptr();
+}
+
+// The same for the copy engine.
+TiledTensor boxes_of_own(const Tensor& x, const char* name, const Tensor& like, std::initializer_list<int64_t> expected,
+                         Boxes boxes) {
+  memory_of(x, name, like, expected);
   return tiled(x, name, x.size(1), boxes.columns, boxes.rows);
 }
 
@@ -94,16 +100,14 @@ void wide_prepare(const Tensor& a, const Tensor& b, const Tensor& rows, const Te
   p.columns = boxes_of(columns, "columns", a, p.heads, p.depth, right_down(tile));
   p.segments = pieces_of(segment_table, a, segment_length, reverse);
   p.chunks = pieces_of(chunk_table, a, chunk, reverse);
-  p.scores = boxes_of_own(scores, "scores", a, {p.batch, p.heads, a.size(2), chunk}, kStored);
-  p.score_rows = scores.data_ptr();
+  p.scores = memory_of(scores, "scores", a, {p.batch, p.heads, a.size(2), chunk});
   p.log_decay = log_decay_of(log_decay, a, p.heads);
   p.ticket = ticket_of(ticket, a);
   const int64_t sequences = chunk_table ? 1 : p.batch;
   if (initial) p.initial = state_of(*initial, "initial", a, sequences, p.heads, p.d, p.e, &p.initial_strides);
   if (final) p.final = state_of(*final, "final", a, sequences, p.heads, p.d, p.e, &p.final_strides);
   CHECK(states.has_value() == (p.chunks.segments > 1), "states: expected with more than one chunk");
-  if (states)
-    p.states = boxes_of_own(*states, "states", a, {int64_t(p.batch) * p.chunks.segments, p.heads, p.d, p.e}, kStored);
+  if (states) p.states = memory_of(*states, "states", a, {int64_t(p.batch) * p.chunks.segments, p.heads, p.d, p.e});
   p.d_tiles = (p.d + tile.rows - 1) / tile.rows, p.e_tiles = (p.e + tile.columns - 1) / tile.columns;
   for (int row = 0; row < chunk; row += tile.rows) p.score_tiles += (row + tile.rows - 1) / tile.columns + 1;
   const int64_t slots = slots_of(p.segments, p.batch);
@@ -157,8 +161,7 @@ struct Outputs {
     of.w = boxes_of(w, "w", like, p.heads, of.width, right_across(tile));
     of.scores = boxes_of_own(scores, "scores", like, {p.batch, p.heads, p.chunks.tokens, p.chunks.segment_length},
                              reverse ? left_across(tile) : left_down(tile));
-    of.out = boxes_of_own(out, "out", like, {p.batch, p.heads, p.chunks.tokens, of.width}, kStored);
-    of.out_rows = out.data_ptr();
+    of.out = memory_of(out, "out", like, {p.batch, p.heads, p.chunks.tokens, of.width});
     CHECK(states.has_value() == (p.chunks.segments > 1), "states: expected with more than one chunk");
     of.has_initial = initial.has_value();
     const Boxes of_state = transposed ? right_down(tile) : right_across(tile);

@@ -204,11 +204,10 @@ struct WideOutputMaker : Consumer<T> {
       this->pass_by(unit.blocks - seen, inspect);
     }
     if (spoiled) spoil(unit.first, reverse);
-    const int token = unit.start + unit.first;
-    Element* rows = static_cast<Element*>(of.out_rows) +
-                    ((int64_t(unit.batch) * p.heads + unit.head) * p.chunks.tokens + token) * of.width;
-    this->put_out(HeadOf(of.out, unit.head, unit.batch), unit.column_tile * T::kPanels, token,
-                  {length - unit.first, p.chunks.table != nullptr}, rows, of.width);
+    const int column = unit.column_tile * T::kN;
+    const int64_t token = (int64_t(unit.batch) * p.heads + unit.head) * p.chunks.tokens + unit.start + unit.first;
+    this->put_out(static_cast<Element*>(of.out) + token * of.width + column, length - unit.first, of.width - column,
+                  of.width);
   }
 };
 

@@ -183,9 +183,9 @@ struct StateMaker : Consumer<T> {
       wgmma_hold(left[1]);
       this->release((this->step - 1) % T::kStages);
       if (p.sums || (unit.work.last && i == unit.chunks - 1)) continue;
-      const int after = unit.work.batch * p.chunks.segments + start / p.chunk;
-      this->put_out(HeadOf(p.states, unit.head, after), unit.e_tile * T::kPanels, unit.d_tile * T::kRows,
-                    {p.d - unit.d_tile * T::kRows, false}, nullptr, p.e);
+      const int d = unit.d_tile * T::kRows, e = unit.e_tile * T::kN;
+      const int64_t after = (unit.work.batch * p.chunks.segments + start / p.chunk) * p.heads + unit.head;
+      this->put_out(static_cast<Element*>(p.states) + (after * p.d + d) * p.e + e, p.d - d, p.e - e, p.e);
     }
     if (p.sums)
       store(p.carry, p.carry_strides, unit.work.carry);
@@ -212,13 +212,10 @@ __device__ void make_scores(const PrepareParams& p, WideShared<T>& shared, int g
     const int here = distance + x / 2 % 2 * 8 - x / 4 * 8 - x % 2;
     me.acc[x] = here < 0 ? 0.f : me.acc[x] * shared.weights[here];
   }
-  const int first = unit.row_tile * T::kRows;
-  const RowsOf rows{unit.work.length - first, p.chunks.table != nullptr};
-  auto* memory =
-      static_cast<typename T::Element*>(p.score_rows) +
-      ((int64_t(unit.work.batch) * p.heads + unit.head) * p.chunks.tokens + unit.work.start + first) * p.chunk;
-  me.put_out(HeadOf(p.scores, unit.head, unit.work.batch), unit.column_tile * T::kPanels, unit.work.start + first, rows,
-             memory, p.chunk);
+  const int row = unit.row_tile * T::kRows, column = unit.column_tile * T::kN;
+  const int64_t token = (int64_t(unit.work.batch) * p.heads + unit.head) * p.chunks.tokens + unit.work.start + row;
+  me.put_out(static_cast<typename T::Element*>(p.scores) + token * p.chunk + column, unit.work.length - row,
+             p.chunk - column, p.chunk);
 }
 
 template <class T>
