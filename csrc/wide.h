@@ -3,7 +3,7 @@
 
 #include "params.h"
 
-constexpr int kMostChunk = 512;  // tokens of a chunk of wide heads, at most
+constexpr int kMostChunk = 2048;  // tokens of a chunk of wide heads, at most
 
 // What `find_work` of segments.cuh needs: into which pieces sequences are cut, and the direction.
 struct Pieces {

@@ -21,6 +21,7 @@ from .kernels import cut, multiprocessors, sum_groups
 NARROW = 256  # the widest head for which one block keeps all of the keys' side of the state
 SQUARE, LONG = (192, 192), (128, 256)  # kSquareTile and kLongTile of csrc/wide.h
 CHUNKS = {SQUARE: 384, LONG: 512}  # tokens: whole tiles of scores; states take D / 384 or D / 512 of what q takes
+ONE_CHUNK = 2048  # tokens that may be one chunk: kMostChunk of csrc/wide.h
 
 
 class Prepared(NamedTuple):
@@ -143,8 +144,11 @@ def _tile(q: Tensor, v: Tensor) -> tuple[int, int]:
 
 
 def _chunk(q: Tensor, v: Tensor) -> int:
-    """Tokens of a chunk."""
-    return min(CHUNKS[_tile(q, v)], max(-(-q.shape[2] // 64), 1) * 64)
+    """Tokens of a chunk: all, while scores of all take no more than states, T (D + E) products a token for 4 D E."""
+    tokens, d, e = q.shape[2], q.shape[3], v.shape[3]
+    alone = tokens <= ONE_CHUNK and tokens * (d + e) <= 4 * d * e
+    all_tokens = max(-(-tokens // 64), 1) * 64
+    return all_tokens if alone else min(CHUNKS[_tile(q, v)], all_tokens)
 
 
 CUTTING = 256  # tokens that a block walks through in the time in which the states of segments are added up

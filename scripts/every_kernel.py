@@ -43,7 +43,7 @@ def every(dtype: torch.dtype, device: torch.device, backend: str = "cuda") -> in
         with mock.patch.object(lightning_cuda, "_segment_length", (lambda *_, cut=cut: cut) if length else plan):
             call(d, e, dtype, device, qk_norm, packed, backend)
         calls += 1
-    chunks = mock.patch.dict(lightning_wide.CHUNKS, dict.fromkeys(lightning_wide.CHUNKS, 64))
+    chunks = mock.patch.multiple(lightning_wide, CHUNKS=dict.fromkeys(lightning_wide.CHUNKS, 64), ONE_CHUNK=0)
     for (d, e), length, packed in itertools.product(WIDE, (64, 192), (False, True)):
         with chunks, mock.patch.object(lightning_wide, "_segment_length", return_value=(length, 0)):
             call(d, e, dtype, device, False, packed, backend)

@@ -29,9 +29,10 @@ two_bytes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], id
 ONE = {"B": 1, "H": 1, "Gk": 1, "Gv": 1}
 SMALL = {"B": 1, "H": 2, "Gk": 1, "Gv": 2}
 CASES = [
-    *(Case(T=t, D=384, E=384, **SMALL) for t in (1, 2, 63, 64, 65, 127, 191, 192, 193, 200, 384, 385)),
-    *(Case(T=t, D=512, E=512, **ONE) for t in (64, 127, 129, 255, 257, 512, 513)),
+    *(Case(T=t, D=384, E=384, **SMALL) for t in (1, 2, 63, 64, 65, 127, 191, 192, 193, 200, 384, 385, 768, 769, 1153)),
+    *(Case(T=t, D=512, E=512, **ONE) for t in (64, 127, 129, 255, 257, 512, 513, 1024, 1025)),
     *(Case(T=800, D=d, E=e, **ONE) for d, e in ((768, 768), (1024, 1024), (640, 896), (768, 1536), (1024, 512))),
+    *(Case(T=t, D=d, E=d, **ONE) for t, d in ((2047, 1024), (2049, 1024), (1600, 768))),  # one chunk; several
     *(Case(T=700, D=d, E=e, **SMALL) for d, e in ((128, 320), (64, 512))),  # the last tile of odd panels
     *(Case(T=150, D=d, E=e, **SMALL) for d, e in ((264, 264), (257, 300), (8, 264), (264, 8), (1, 513), (576, 200))),
     *(Case(T=500, decay=decay, D=320, E=320) for decay in (None, 0.0, -1e-6, -8.0, -50.0, -float("inf"))),
@@ -43,6 +44,7 @@ CASES = [
     packed(0, 130, D=384, E=384),
     packed(0, 1, 2, 66, 66, 130, 200, D=264, E=512),
     packed(0, 0, 64, 128, 128, 128, decay=-8.0, D=512, E=512),
+    packed(0, 300, 301, 640, D=384, E=384, **{"H": 2, "Gk": 1, "Gv": 2}),
     packed(0, 0, 384, 768, 1300, 1300, D=384, E=320, **{"H": 2, "Gk": 1, "Gv": 2}),
     packed(0, 513, 514, 1100, 1200, qk_norm=True, D=512, E=512, **{"H": 2, "Gk": 2, "Gv": 1}),
     packed(0, 0, 70, 71, 71, state=False, qk_norm=True, Gk=2, Gv=1, D=320, E=64),
@@ -77,7 +79,7 @@ def check(case: Case, device: torch.device, dtype: torch.dtype) -> None:
 def cut_in(segment: int, chunk: int = 64):  # type: ignore[no-untyped-def]
     """Chunks and segments of so many tokens."""
     return (
-        mock.patch.dict(lightning_wide.CHUNKS, {SQUARE: chunk, LONG: chunk}),
+        mock.patch.multiple(lightning_wide, CHUNKS={SQUARE: chunk, LONG: chunk}, ONE_CHUNK=0),
         mock.patch.object(lightning_wide, "_segment_length", return_value=(segment, 0)),
     )
 
@@ -113,7 +115,11 @@ def test_chunks_and_segments(case: Case, segment: int, chunk: int, dtype: torch.
 @pytest.mark.parametrize("value", [3.0, -math.inf, math.nan])
 @pytest.mark.parametrize(
     "case",
-    [Case(T=450, D=384, E=320, B=1), packed(0, 90, 90, 450, D=512, E=512, **{"H": 1, "Gk": 1, "Gv": 1})],
+    [
+        Case(T=450, D=384, E=320, B=1),
+        Case(T=900, D=384, E=320, B=1),
+        packed(0, 90, 90, 1050, D=512, E=512, **{"H": 1, "Gk": 1, "Gv": 1}),
+    ],
     ids=str,
 )
 def test_a_token_changes_nothing_before_it(case: Case, value: float, device: torch.device) -> None:
@@ -122,7 +128,7 @@ def test_a_token_changes_nothing_before_it(case: Case, value: float, device: tor
     do, dstate = output_gradients(case, device, torch.bfloat16)
     cu_seqlens = case.cu_seqlens(device)
     clean = run(by_kernels, tensors, do, dstate, cu_seqlens=cu_seqlens)
-    for at in (0, 37, 64, 100, 383, 384, case.T - 1):
+    for at in (0, 37, 64, 100, 383, 384, case.T - 130, case.T - 1):
         for name in ("q", "k", "v"):
             changed = {**tensors, name: tensors[name].clone()}
             changed[name][:, :, at, 3] = value
@@ -142,7 +148,7 @@ def test_a_token_changes_nothing_before_it(case: Case, value: float, device: tor
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("sequence", [0, 1, 2])
 def test_nan_stays_in_its_packed_sequence(sequence: int, device: torch.device) -> None:
-    bounds = (0, 60, 470, 700)
+    bounds = (0, 60, 470, 1000)
     case = packed(*bounds, H=2, Gk=1, Gv=2, D=384, E=512)
     cu_seqlens, grads = case.cu_seqlens(device), output_gradients(case, device, torch.bfloat16)
     tensors = inputs(case, device, torch.bfloat16)
@@ -177,7 +183,7 @@ def test_bad_bounds_and_positive_decays_give_nan(bad: tuple[int, ...], device: t
 @two_bytes
 @pytest.mark.parametrize("at", [1, 64, 191, 384, 500])
 def test_split_anywhere(at: int, dtype: torch.dtype, device: torch.device) -> None:
-    case = Case(T=600, D=384, E=384, **SMALL)
+    case = Case(T=900, D=384, E=384, **SMALL)
     results = [call(case, operator, device, dtype) for operator in (by_kernels, in_two_passes([at]))]
     for name, x in results[0].items():
         assert ((x - results[1][name]).double().norm() / x.double().norm()) < 4 * torch.finfo(dtype).eps, name
@@ -258,11 +264,14 @@ def test_which_heads_are_wide(d: int, e: int, wide: bool) -> None:
         (4096, 1024, 512, (2, 3, 4096, 512), (16, 3, 1024, 512)),
         (512, 512, 512, (2, 3, 512, 512), (0,)),
         (65, 300, 257, (2, 3, 65, 128), (0,)),
-        (400, 260, 260, (2, 3, 400, 384), (4, 3, 264, 264)),
+        (520, 260, 260, (2, 3, 520, 576), (0,)),
+        (521, 260, 260, (2, 3, 521, 384), (4, 3, 264, 264)),
+        (2048, 1024, 1024, (2, 3, 2048, 2048), (0,)),
+        (2049, 1536, 1536, (2, 3, 2049, 384), (12, 3, 1536, 1536)),
     ],
 )
 def test_what_is_prepared(tokens: int, d: int, e: int, scores: tuple[int, ...], states: tuple[int, ...]) -> None:
-    """Chunks of 384 tokens with square tiles, else of 512, or what one sequence needs; widths that 8 divides."""
+    """Chunks of 384 tokens with square tiles, else of 512; one for short sequences; widths that 8 divides."""
     prepared = lightning_wide.empty_prepared(empty(2, 3, tokens, d), empty(2, 3, tokens, e))
     assert prepared.scores.shape == scores
     assert prepared.states.shape == states
