@@ -16,9 +16,18 @@ MORE_WIDTHS = [(7, 33), (7, 136), (40, 136), (128, 136), (24, 24), (1032, 8)]
 WIDE = [(264, 136), (512, 256)]
 
 
-def call(d: int, e: int, dtype: torch.dtype, device: torch.device, qk_norm: bool, packed: bool, backend: str) -> None:
+def call(
+    d: int,
+    e: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    qk_norm: bool,
+    packed: bool,
+    backend: str,
+    tokens: int = 147,
+) -> None:
     """Forward and backward with all arguments and all gradients."""
-    batch, heads, tokens = 1 if packed else 2, 2, 147
+    batch, heads = 1 if packed else 2, 2
     of_v = heads if packed else 1  # one for all: then gradients of two heads are added up
     q, k, v = (
         torch.randn(batch, n, tokens, width, device=device).to(dtype).requires_grad_()
@@ -47,6 +56,9 @@ def every(dtype: torch.dtype, device: torch.device, backend: str = "cuda") -> in
     for (d, e), length, packed in itertools.product(WIDE, (64, 192), (False, True)):
         with chunks, mock.patch.object(lightning_wide, "_segment_length", return_value=(length, 0)):
             call(d, e, dtype, device, False, packed, backend)
+        calls += 1
+    for packed in (False, True):  # all tokens in one chunk, of several tiles
+        call(*WIDE[1], dtype, device, False, packed, backend, tokens=600)
         calls += 1
     if dtype == torch.float32:
         precision = torch.get_float32_matmul_precision()

@@ -35,6 +35,7 @@ CASES = [
     *(Case(T=t, D=d, E=d, **ONE) for t, d in ((2047, 1024), (2049, 1024), (1600, 768))),  # one chunk; several
     *(Case(T=700, D=d, E=e, **SMALL) for d, e in ((128, 320), (64, 512))),  # the last tile of odd panels
     *(Case(T=150, D=d, E=e, **SMALL) for d, e in ((264, 264), (257, 300), (8, 264), (264, 8), (1, 513), (576, 200))),
+    *(Case(T=t, D=300, E=300, **ONE) for t in (604, 609)),  # around what is one chunk
     *(Case(T=500, decay=decay, D=320, E=320) for decay in (None, 0.0, -1e-6, -8.0, -50.0, -float("inf"))),
     *(Case(T=200, Gk=a, Gv=b, D=264, E=320) for a, b in ((1, 1), (2, 2), (1, 4), (4, 2))),
     *(Case(T=450, qk_norm=True, D=d, E=e, **SMALL) for d, e in ((384, 384), (512, 264), (64, 264))),
@@ -264,8 +265,8 @@ def test_which_heads_are_wide(d: int, e: int, wide: bool) -> None:
         (4096, 1024, 512, (2, 3, 4096, 512), (16, 3, 1024, 512)),
         (512, 512, 512, (2, 3, 512, 512), (0,)),
         (65, 300, 257, (2, 3, 65, 128), (0,)),
-        (520, 260, 260, (2, 3, 520, 576), (0,)),
-        (521, 260, 260, (2, 3, 521, 384), (4, 3, 264, 264)),
+        (528, 260, 260, (2, 3, 528, 576), (0,)),
+        (529, 260, 260, (2, 3, 529, 384), (4, 3, 264, 264)),
         (2048, 1024, 1024, (2, 3, 2048, 2048), (0,)),
         (2049, 1536, 1536, (2, 3, 2049, 384), (12, 3, 1536, 1536)),
     ],
@@ -275,6 +276,15 @@ def test_what_is_prepared(tokens: int, d: int, e: int, scores: tuple[int, ...], 
     prepared = lightning_wide.empty_prepared(empty(2, 3, tokens, d), empty(2, 3, tokens, e))
     assert prepared.scores.shape == scores
     assert prepared.states.shape == states
+
+
+@pytest.mark.parametrize(("d", "e"), [(257, 257), (300, 300), (385, 257), (1021, 1023)])
+def test_widths_are_padded_without_another_chunk(d: int, e: int) -> None:
+    """What is prepared for q and v as they come fits them as the kernels get them."""
+    for tokens in range(500, 2100):
+        given, padded = (empty(1, 1, tokens, d), empty(1, 1, tokens, e)), (d + -d % 8, e + -e % 8)
+        to_kernels = empty(1, 1, tokens, padded[0]), empty(1, 1, tokens, padded[1])
+        assert lightning_wide._chunk(*given) == lightning_wide._chunk(*to_kernels), tokens
 
 
 @pytest.mark.parametrize(
