@@ -101,10 +101,6 @@ __device__ inline void store_box(const CUtensorMap& map, const void* from, Keep 
       "l"(uint64_t(keep))
       : "memory");
 }
-// Of this thread's stores: begins to count them, and waits until shared memory has been read, by all of them or all
-// but the last groups.
+// Of this thread's stores: begins to count them, and waits until they have read shared memory.
 __device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-template <int kLeft = 0>
-__device__ inline void wait_for_stores() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kLeft) : "memory");
-}
+__device__ inline void wait_for_stores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
