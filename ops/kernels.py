@@ -48,12 +48,17 @@ def unit_length(x: Tensor, grad: Tensor | None = None) -> Tensor:
     return out
 
 
+def padded_width(x: Tensor) -> int:
+    """The width that `for_kernel` gives x, of a 2-byte type, or has given it."""
+    return -(-x.shape[3] // 8) * 8
+
+
 def for_kernel(x: Tensor) -> Tensor:
     """x as the copy engine takes it: rows adjacent, of whole 16 bytes, 16-byte aligned; else a copy of it."""
     if x.dtype == torch.float32:
         return rows_contiguous(x)
-    if x.shape[3] % 8:
-        x = F.pad(x, (0, -x.shape[3] % 8))
+    if more := padded_width(x) - x.shape[3]:
+        x = F.pad(x, (0, more))
     whole = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and x.stride(2) != 0
     if whole and all(x.stride(i) * x.element_size() % 16 == 0 for i in range(3) if x.shape[i] > 1):
         return x

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels import cut, multiprocessors, sum_groups
+from .kernels import cut, multiprocessors, padded_width, sum_groups
 
 NARROW = 256  # the widest head for which one block keeps all of the keys' side of the state
 SQUARE, LONG = (192, 192), (128, 256)  # kSquareTile and kLongTile of csrc/wide.h
@@ -43,7 +43,7 @@ def is_wide(q: Tensor, v: Tensor) -> bool:
 def empty_prepared(q: Tensor, v: Tensor) -> Prepared:
     """Room for what `forward` prepares."""
     batch, heads, tokens, _ = q.shape
-    chunk, d, e = _chunk(q, v), _padded(q), _padded(v)
+    chunk, d, e = _chunk(q, v), padded_width(q), padded_width(v)
     chunks = -(-tokens // chunk)
     states = (batch * chunks, heads, d, e) if chunks > 1 else (0,)
     return Prepared(q.new_empty((batch, heads, tokens, chunk)), q.new_empty(states))
@@ -143,14 +143,9 @@ def _tile(q: Tensor, v: Tensor) -> tuple[int, int]:
     return min(SQUARE, LONG, key=padded)
 
 
-def _padded(x: Tensor) -> int:
-    """The width that `for_kernel` makes of x's, or has made."""
-    return -(-x.shape[3] // 8) * 8
-
-
 def _chunk(q: Tensor, v: Tensor) -> int:
     """Tokens of a chunk: all, while scores of all take no more than states, T (D + E) products a token for 4 D E."""
-    tokens, d, e = q.shape[2], _padded(q), _padded(v)
+    tokens, d, e = q.shape[2], padded_width(q), padded_width(v)
     alone = tokens <= ONE_CHUNK and tokens * (d + e) <= 4 * d * e
     all_tokens = max(-(-tokens // 64), 1) * 64
     return all_tokens if alone else min(CHUNKS[_tile(q, v)], all_tokens)
