@@ -9,6 +9,7 @@
 
 #include "async.cuh"
 #include "decay.cuh"
+#include "put_out.cuh"
 #include "segments.cuh"
 #include "tile.cuh"
 #include "wgmma.cuh"
@@ -198,32 +199,10 @@ struct Consumer {
     sync();
   }
 
-  // To memory, the first rows and columns that count, of rows `width` apart; `to` is where the tile begins. Each warp
-  // turns its 16 rows of a panel in shared memory, so that 8 lanes write a row's 128 bytes, and waits for nobody.
+  // To memory, the first rows and columns that count, of rows `width` apart; `to` is where the tile begins.
   __device__ void put_out(Element* to, int rows, int columns, int width) {
-    const Lane at;
-    const int warp_row = at.thread / 32 * 16, first_row = warp_row + at.lane / 8, piece = at.lane % 8;
-    const uint32_t staged = shared_address(shared.staging[group]);
-    to += int64_t(group * 64 + first_row) * width + piece * 8;
-    rows -= group * 64 + first_row;
-    columns -= piece * 8;
-#pragma unroll
-    for (int panel = 0; panel < T::kPanels; ++panel) {
-#pragma unroll
-      for (int x = 0; x < 4; ++x) {
-        const float* values = &acc[panel * 32 + x * 8];
-        store_blocks(staged + at.block(x), {pack<Element>(values[0], values[1]), pack<Element>(values[2], values[3]),
-                                            pack<Element>(values[4], values[5]), pack<Element>(values[6], values[7])});
-      }
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i * 4 < rows && panel * kPanel < columns)
-          *reinterpret_cast<uint4*>(to + int64_t(i * 4) * width + panel * kPanel) =
-              load_piece(staged + piece_offset(first_row + i * 4, piece));
-      }
-      __syncwarp();
-    }
+    put_out_rows<Element, T::kPanels>(acc, shared_address(shared.staging[group]), to + int64_t(group * 64) * width,
+                                      rows - group * 64, columns, width);
   }
 };
 

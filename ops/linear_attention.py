@@ -1,11 +1,13 @@
 """Masked linear attention: attention without softmax under a mask of any values, `((q kᵀ) ⊙ mask) v`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import blockwise
+from . import blockwise, masked_cuda
+from .masked_cuda import unavailable_reason as cuda_unavailable_reason
 from .numerics import (
     autocast,
     expand_heads,
@@ -59,7 +61,8 @@ def flash_linear_attention(
         q: queries (B, H, Lq, D), float32, bfloat16, float16 or float64, any strides.
         k: keys (B, G, Lk, D), G a divisor of H.
         v: values (B, G, Lk, E); its number of heads may differ from k's.
-        mask: (B or 1, H or 1, Lq, Lk), q's type or bool; None means all ones, computed as `q (kᵀ v)`.
+        mask: (B or 1, H or 1, Lq, Lk), q's type, float32 or bool, any strides; None means all ones, computed as
+            `q (kᵀ v)` by every implementation.
         qk_norm: divide q and k by their length.
         implementation: "normal" holds all scores; "split" (ragged blocks), "block" (padded ones) and "inplace" (into
             buffers made once) hold a block of them at a time; "cuda" is the kernel, "auto" the kernel where it can
@@ -85,15 +88,12 @@ def flash_linear_attention(
     check_qkv(q, k, v, same_length=False)
     check_mask(mask, q, k)
     refuse_forward_mode(q, k, v, mask)
-    reason = cuda_unavailable_reason(q)
-    if implementation == "cuda" and reason is not None:
-        raise ValueError(f"implementation: 'cuda' can't take this call: {reason}")
-    return _forward(q, k, v, mask, qk_norm, _AUTO if implementation == "auto" else implementation, *sizes)
-
-
-def cuda_unavailable_reason(q: Tensor) -> str | None:
-    """Why the CUDA kernel can't take a call, or None if it can."""
-    return "the CUDA kernel does not exist yet"
+    if implementation in ("cuda", "auto"):
+        reason = cuda_unavailable_reason(q, v)
+        if implementation == "cuda" and reason is not None:
+            raise ValueError(f"implementation: 'cuda' can't take this call: {reason}")
+        implementation = "cuda" if reason is None else _AUTO
+    return _forward(q, k, v, mask, qk_norm, implementation, *sizes)
 
 
 def _block_size(name: str, size: int | str) -> int | None:
@@ -115,12 +115,14 @@ def _forward(
     q_block: int | None,
     kv_block: int | None,
 ) -> Tensor:
+    if mask is not None and _by_kernels(q, v, mask, implementation):
+        return masked_cuda.forward(q, k, v, mask, qk_norm)
     dtype = v.dtype
     q, k, v = _prepare(q, k, v, qk_norm)
     with no_autocast(q):
         if mask is None:
             o = blockwise.linear_forward(q, k, v)
-        elif implementation == "normal" or 0 in mask.shape:
+        elif implementation not in _FORWARD or 0 in mask.shape:
             o = blockwise.normal_forward(q, k, v, mask)
         else:
             o = _FORWARD[implementation](q, k, v, mask, *_block_sizes(q, k, q_block, kv_block))
@@ -139,18 +141,22 @@ def _backward(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    mask_grad: bool,
+    wanted: list[bool],
     qk_norm: bool,
     implementation: str,
     q_block: int | None,
     kv_block: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and mask, (0,) for those that are not wanted."""
+    if mask is not None and _by_kernels(q, v, mask, implementation):
+        grads = masked_cuda.backward(do, q, k, v, mask, qk_norm, wanted)
+        return _made(q, grads)
     operands = _prepare(q, k, v, qk_norm)
-    do, dmask_type = do.to(operands[0].dtype), q.dtype if mask_grad else None
+    do, dmask_type = do.to(operands[0].dtype), mask.dtype if mask is not None and wanted[3] else None
     with no_autocast(q):
         if mask is None:
             grads = blockwise.linear_backward(do, *operands)
-        elif implementation == "normal" or 0 in mask.shape:
+        elif implementation not in _BACKWARD or 0 in mask.shape:
             grads = blockwise.normal_backward(do, *operands, mask, dmask_type)
         else:
             sizes = _block_sizes(q, k, q_block, kv_block)
@@ -158,15 +164,26 @@ def _backward(
     dq, dk, dv = grads[0], sum_groups(grads[1], k.shape[1]), sum_groups(grads[2], v.shape[1])
     if qk_norm:
         dq, dk = unit_length_backward(dq, q), unit_length_backward(dk, k)
-    dmask = q.new_empty(0) if grads[3] is None else grads[3]
     dq, dk, dv = (x.to(q.dtype).contiguous() for x in (dq, dk, dv))
-    return dq, dk, dv, dmask
+    grads = dq, dk, dv, grads[3]
+    return _made(q, [x if want else None for x, want in zip(grads, wanted, strict=True)])
 
 
 @_backward.register_fake
-def _(do, q, k, v, mask, mask_grad, qk_norm, implementation, q_block, kv_block):  # type: ignore[no-untyped-def]
-    dmask = q.new_empty(mask.shape if mask_grad else (0,))
-    return *(x.new_empty(x.shape) for x in (q, k, v)), dmask
+def _(do, q, k, v, mask, wanted, qk_norm, implementation, q_block, kv_block):  # type: ignore[no-untyped-def]
+    given = zip((q, k, v, mask), wanted, strict=True)
+    return _made(q, [x.new_empty(x.shape) if want else None for x, want in given])
+
+
+def _made(q: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What an operator can return: a tensor each."""
+    dq, dk, dv, dmask = (q.new_empty(0) if x is None else x.contiguous() for x in grads)
+    return dq, dk, dv, dmask
+
+
+def _by_kernels(q: Tensor, v: Tensor, mask: Tensor, implementation: str) -> bool:
+    """Whether the CUDA kernels do it: of empty tensors there is nothing for them."""
+    return implementation == "cuda" and 0 not in (*mask.shape, *q.shape, *v.shape)
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, qk_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,9 +206,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-    mask_grad = ctx.needs_input_grad[3]
-    dq, dk, dv, dmask = _backward(do, *ctx.saved_tensors, mask_grad, *ctx.options)
-    return dq, dk, dv, dmask if mask_grad else None, None, None, None, None
+    wanted = list(ctx.needs_input_grad[:4])
+    grads = _backward(do, *ctx.saved_tensors, wanted, *ctx.options)
+    return *(x if want else None for x, want in zip(grads, wanted, strict=True)), None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

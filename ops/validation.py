@@ -46,12 +46,13 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
 
 
 def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
-    """Check that a mask is (B|1, H|1, Lq, Lk), of q's type or bool, on q's device."""
+    """Check that a mask is (B|1, H|1, Lq, Lk), of q's type, float32 or bool, on q's device."""
     if mask is None:
         return
     _check_tensor("mask", mask, "a tensor or None")
-    if mask.dtype not in (q.dtype, torch.bool):
-        raise TypeError(f"mask: expected q's type {q.dtype} or torch.bool, got {mask.dtype}")
+    if mask.dtype not in (q.dtype, torch.float32, torch.bool):
+        others = "torch.bool" if q.dtype == torch.float32 else "torch.float32 or torch.bool"
+        raise TypeError(f"mask: expected q's type {q.dtype} or {others}, got {mask.dtype}")
     if mask.device != q.device:
         raise ValueError(f"mask: expected q's device {q.device}, got {mask.device}")
     expected = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])

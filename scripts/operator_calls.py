@@ -96,7 +96,7 @@ def unavailable_reason(case: Case, implementation: str, given: Inputs, score_mem
     """
     on_gpu = given.q.is_cuda
     if implementation == "cuda":
-        return masked_reason(given.q) if case.operator == "masked" else lightning_reason(given.q, given.v)
+        return masked_reason(given.q, given.v) if case.operator == "masked" else lightning_reason(given.q, given.v)
     if implementation == "fla":
         return _fla_reason(case, on_gpu)
     if implementation == "softmax" and case.Gk != case.Gv:

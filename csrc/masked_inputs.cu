@@ -1,0 +1,92 @@
+// One block for each 64 × 64 tile of a mask; one thread for each two values that are split.
+#include "masked_inputs.h"
+
+#include <math_constants.h>
+
+#include "element.cuh"
+#include "masked.h"
+
+namespace {
+
+constexpr int kThreads = 256;
+
+__device__ inline bool is_used(bool x) { return x; }
+template <class Element>
+__device__ inline bool is_used(Element x) {
+  return float(x) != 0.f;  // so is NaN
+}
+template <class To>
+__device__ inline To weight_of(bool x) {
+  return To(x ? 1.f : 0.f);
+}
+template <class To>
+__device__ inline To weight_of(To x) {
+  return x;
+}
+
+template <class Of, class To>
+__global__ void __launch_bounds__(kThreads) mask_kernel(const __grid_constant__ MaskParams p) {
+  const int tiles = (p.columns + kMaskTile - 1) / kMaskTile, row_tiles = (p.rows + kMaskTile - 1) / kMaskTile;
+  const int first_column = blockIdx.x % tiles * kMaskTile, first_row = blockIdx.x / tiles % row_tiles * kMaskTile;
+  const int64_t entry = blockIdx.x / tiles / row_tiles;
+  const Of* from = static_cast<const Of*>(p.mask) + entry / p.heads * p.batch_stride + entry % p.heads * p.head_stride;
+  To* to = static_cast<To*>(p.copy) + entry * p.rows * p.width;
+  bool used = false;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kMaskTile * kMaskTile; i += kThreads) {
+    const int row = first_row + i / kMaskTile, column = first_column + i % kMaskTile;
+    if (row >= p.rows || column >= p.columns) continue;
+    const Of weight = from[row * p.row_stride + column * p.column_stride];
+    used |= is_used(weight);
+    if (p.copy != nullptr) to[int64_t(row) * p.width + column] = weight_of<To>(weight);
+  }
+  used = __syncthreads_or(used);
+  if (threadIdx.x == 0 && p.used != nullptr) p.used[blockIdx.x] = used;
+}
+
+__global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__ SplitParams p) {
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, pairs = p.padded / 2;
+  if (at >= p.rows * pairs) return;
+  const int64_t row = at / pairs, head = row / p.tokens;
+  const int column = at % pairs * 2, token = row % p.tokens;
+  const float* x = static_cast<const float*>(p.x.data) + head / p.heads * p.x.batch + head % p.heads * p.x.head +
+                   token * p.x.token + column;
+  float values[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) values[i] = column + i < p.width ? x[i] : 0.f;
+  __nv_bfloat162* out = static_cast<__nv_bfloat162*>(p.out) + (head * p.parts * p.tokens + token) * pairs + column / 2;
+  for (int part = 0; part < p.parts; ++part, out += p.tokens * pairs) {
+    __nv_bfloat16 rounded[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      rounded[i] = __nv_bfloat16(values[i]);
+      // The largest float32 numbers would become infinite.
+      if (__hisinf(rounded[i]) && isfinite(values[i])) rounded[i] = __float2bfloat16_rz(values[i]);
+      values[i] = isfinite(values[i]) ? values[i] - float(rounded[i]) : 0.f;
+    }
+    *out = {rounded[0], rounded[1]};
+  }
+}
+
+template <class Of, class To>
+cudaError_t launch_mask(const MaskParams& p, cudaStream_t stream) {
+  const int64_t tiles = (p.columns + kMaskTile - 1) / kMaskTile, row_tiles = (p.rows + kMaskTile - 1) / kMaskTile;
+  mask_kernel<Of, To><<<dim3(p.entries * tiles * row_tiles), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t run_mask(const MaskParams& p, ElementType to, bool of_bool, cudaStream_t stream) {
+  return with_element(to, [&](auto element) {
+    using To = decltype(element);
+    return of_bool ? launch_mask<bool, To>(p, stream) : launch_mask<To, To>(p, stream);
+  });
+}
+
+cudaError_t run_split(const SplitParams& p, cudaStream_t stream) {
+  const int64_t blocks = (p.rows * (p.padded / 2) + kThreads - 1) / kThreads;
+  if (blocks == 0) return cudaSuccess;
+  split_kernel<<<dim3(blocks), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
