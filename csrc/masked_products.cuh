@@ -20,7 +20,7 @@ struct ProductUnit {
   __device__ ProductUnit(const MaskedProductsParams& p, int unit) {
     int per_pair = 0;
     for (int i = 0; i < p.number; ++i) per_pair += tiles_of(p.products[i]);
-    pair = unit / per_pair, tile = unit % per_pair;
+    pair = p.pairs - 1 - unit / per_pair, tile = unit % per_pair;  // the last first: their scores were made last
     while (tile >= tiles_of(p.products[output])) tile -= tiles_of(p.products[output++]);
     const int across = p.products[output].column_tiles;
     row = tile / across * T::kRows, column = tile % across * T::kN;

@@ -57,8 +57,8 @@ constexpr int kMostProducts = 3;
 struct MaskedProductsParams {
   MaskedProduct products[kMostProducts];
   int number;
-  int pair, heads, parts;  // pair: the slab's first
-  int64_t units;           // pieces of work
+  int pair, pairs, heads, parts;  // pair: the slab's first
+  int64_t units;                  // pieces of work
 };
 
 cudaError_t run_masked_scores_bfloat16(const MaskedScoresParams& p, WideTile tile, int multiprocessors,

@@ -152,7 +152,7 @@ void masked_products(const std::optional<Tensor>& p_scores, const std::optional<
   const std::optional<Tensor>& first = dq ? k : dk ? q : grad_o;
   CHECK(first, "expected what scores weigh");
   const Operands of(*first, p.heads, parts);
-  int64_t tiles = 0, pairs = 0;
+  int64_t tiles = 0;
   const auto add = [&](const Product& x, const char* name) {
     if (!x.out) return;
     CHECK(x.scores && x.w, name, ": expected with its scores and what they weigh");
@@ -160,8 +160,8 @@ void masked_products(const std::optional<Tensor>& p_scores, const std::optional<
     const int64_t length = x.out->size(2), tokens = x.w->size(2);
     const Slab slab = x.transposed ? slab_of(*x.scores, name, of, pair, row, key, tokens, length)
                                    : slab_of(*x.scores, name, of, pair, row, key, length, tokens);
-    CHECK(pairs == 0 || slab.pairs == pairs, name, ": expected as many pairs as the others");
-    pairs = slab.pairs;
+    CHECK(p.pairs == 0 || slab.pairs == p.pairs, name, ": expected as many pairs as the others");
+    p.pairs = slab.pairs;
     to.width = x.w->size(3), to.length = length, to.transposed = x.transposed;
     to.scores = tiled(*x.scores, name, parts, x.transposed ? tile.rows : kColumns, x.transposed ? 64 : tile.rows);
     to.w = of.tiled(*x.w, name, tokens, to.width, tile.columns, 64);
@@ -186,7 +186,7 @@ void masked_products(const std::optional<Tensor>& p_scores, const std::optional<
   add({a_scores, k, dq, dq_sums, false}, "a, k, dq");
   add({a_scores, q, dk, dk_sums, true}, "a, q, dk");
   add({p_scores, grad_o, dv, dv_sums, true}, "p, grad_o, dv");
-  p.units = pairs * tiles;
+  p.units = p.pairs * tiles;
   CHECK(p.units < kMostUnits, "too many pieces of work: ", p.units);
   const cudaStream_t stream = stream_of(some);
   check_cuda(of.is_bfloat16() ? run_masked_products_bfloat16(p, tile, of.multiprocessors(), stream)

@@ -11,6 +11,7 @@ float32 goes in as bfloat16 parts that add up to it, (B, heads × parts, T, widt
 the two; `parts` is their number, 2 or 3, and 0 for 2-byte types, which go in as `for_kernel` makes them.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -50,8 +51,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, parts: int) -> Tensor
     o = _output(q, v, heads, q.shape[2], parts)
     plan = _plan(q, mask, heads, parts, 1, [(False, v.shape[3])])
     sums = _Sums(plan, {"o": (False, v.shape[3])}, q)
+    room = _room(q, plan, parts)
     for slab in plan.slabs:
-        p = _scores(q, slab, parts)
+        p = _scores(room, slab, parts)
         at = parts, slab.pair, slab.row, slab.key
         torch.ops.transnormer_kernels.masked_scores(q, k, None, None, mask, p, None, heads, *at, plan.scores_tile[1])
         # o of P and v is what dq is of A and k.
@@ -84,15 +86,16 @@ def backward(
         for name, transposed, x in (("dq", False, dq), ("dk", True, dk), ("dv", True, dv))
         if x is not None
     }
-    of_a = dq is not None or dk is not None
-    plan = _plan(q, mask, heads, parts, of_a + (dv is not None), list(outputs.values()))
+    makes_a = dq is not None or dk is not None
+    plan = _plan(q, mask, heads, parts, makes_a + (dv is not None), list(outputs.values()))
     sums = _Sums(plan, outputs, q)
+    room_of_p = None if dv is None else _room(q, plan, parts)
+    room_of_a = _room(q, plan, parts) if makes_a else None
+    p_of, a_of = (None, None) if dv is None else (q, k), (do, v) if makes_a else (None, None)
     for slab in plan.slabs:
-        p = None if dv is None else _scores(q, slab, parts)
-        a = _scores(q, slab, parts) if of_a else None
+        p, a = _scores(room_of_p, slab, parts), _scores(room_of_a, slab, parts)
         at = parts, slab.pair, slab.row, slab.key
-        of_p, for_a = (q, k) if dv is not None else (None, None), (do, v) if of_a else (None, None)
-        torch.ops.transnormer_kernels.masked_scores(*of_p, *for_a, mask, p, a, heads, *at, plan.scores_tile[1])
+        torch.ops.transnormer_kernels.masked_scores(*p_of, *a_of, mask, p, a, heads, *at, plan.scores_tile[1])
         torch.ops.transnormer_kernels.masked_products(
             p, a, q, k, do, dq, dk, dv, *(sums.of(name, slab) for name in ("dq", "dk", "dv")), *at,
             plan.products_tile[1],
@@ -111,14 +114,15 @@ def mask_gradient(
     """Gradient of the mask, of its whole shape and its type, contiguous; heads of any width."""
     heads, parts = q.shape[1] // max(parts, 1), max(parts, 1)
     out = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
-    shares = _shares(q.shape[0] * heads, *mask.shape, parts, multiprocessors)
+    shares = _shares(q.shape[0] * heads, mask, parts, multiprocessors)
     partial = q.new_empty((shares, *mask.shape), dtype=torch.float32) if shares > 1 else None
     torch.ops.transnormer_kernels.mask_gradient(q, k, do, v, out, partial, heads, parts)
     return out
 
 
-def _shares(pairs: int, batch: int, heads: int, queries: int, keys: int, parts: int, slots: int) -> int:
+def _shares(pairs: int, mask: Tensor, parts: int, slots: int) -> int:
     """Among how many blocks the pairs that share an entry of the mask are divided, so that all have work."""
+    batch, heads, queries, keys = mask.shape
     columns = GRADIENT_COLUMNS if parts == 1 else GRADIENT_COLUMNS_OF_PARTS
     tiles = batch * heads * -(-queries // GRADIENT_ROWS) * -(-keys // columns)
     pairs //= batch * heads
@@ -134,14 +138,23 @@ def _output(q: Tensor, x: Tensor, heads: int, length: int, parts: int) -> Tensor
     return x.new_empty(shape, dtype=x.dtype if parts == 1 else torch.float32)
 
 
-def _scores(q: Tensor, slab: Slab, parts: int) -> Tensor:
-    """Room for the scores of a slab, in rows of whole 16 bytes."""
-    return q.new_empty((slab.pairs, parts, slab.rows, -(-slab.keys // 8) * 8))
+def _room(q: Tensor, plan: Plan, parts: int) -> Tensor:
+    """For the scores of any slab: the first is the largest."""
+    first = plan.slabs[0]
+    return q.new_empty(first.pairs * parts * first.rows * (-(-first.keys // 8) * 8))
+
+
+def _scores(room: Tensor | None, slab: Slab, parts: int) -> Tensor | None:
+    """Those of a slab, in rows of whole 16 bytes."""
+    if room is None:
+        return None
+    shape = (slab.pairs, parts, slab.rows, -(-slab.keys // 8) * 8)
+    return room[: math.prod(shape)].view(shape)
 
 
 def _plan(q: Tensor, mask: Tensor, heads: int, parts: int, kinds: int, outputs: list[tuple[bool, int]]) -> Plan:
     """For `kinds` of scores, P or A or both, and outputs of which each is transposed or not, and so wide."""
-    slabs = list(_slabs(q.shape[0] * heads, *mask.shape[2:], 2 * parts * kinds))
+    slabs = list(_slabs(q.shape[0] * heads, mask.shape[2], mask.shape[3], 2 * parts * kinds))
     if parts > 1:
         return Plan(slabs, OF_PARTS, OF_PARTS)
     slots, first = multiprocessors(q.device), slabs[0]
