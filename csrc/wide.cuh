@@ -91,12 +91,12 @@ struct Producer {
   WideShared<T>& shared;
   int step = 0;
 
-  // Waits for the next stage, and says what comes.
-  __device__ int claim() {
+  // Waits for the next stage, and says how much comes.
+  __device__ int claim(int bytes = T::kStageBytes) {
     const int stage = step % T::kStages;
     if (step >= T::kStages) shared.empty[stage].wait(parity(step, T::kStages) ^ 1);
     ++step;
-    shared.full[stage].arrive_expecting(T::kStageBytes);
+    shared.full[stage].arrive_expecting(bytes);
     return stage;
   }
   // The left tile and the right one, each of panels side by side, of 64 rows, or one panel of more rows: as their maps

@@ -1,0 +1,150 @@
+// Scores of a slab times the mask, in the operands' type or in parts: what `masked_products.cuh` multiplies.
+#pragma once
+
+#include <algorithm>
+
+#include "masked_wide.h"
+#include "parts.cuh"
+
+// A tile of the scores of a pair in the slab.
+template <class T>
+struct ScoresUnit {
+  int output, pair, row, column;  // pair: in the slab; row, column: where the tile begins in it
+  int batch, head;
+
+  __device__ ScoresUnit(const MaskedScoresParams& p, int unit) {
+    column = unit % p.column_tiles * T::kN, unit /= p.column_tiles;
+    row = unit % p.row_tiles * T::kRows, unit /= p.row_tiles;
+    output = unit % p.number, pair = unit / p.number;
+    batch = (p.slab.pair + pair) / p.heads, head = (p.slab.pair + pair) % p.heads;
+  }
+};
+
+// Panels of the tile's columns, and two panels of the mask, a stage: the mask comes while the last products are made.
+template <class T>
+__device__ void produce_scores(const MaskedScoresParams& p, Producer<T>& me, const ScoresUnit<T>& unit) {
+  const MaskedScores& of = p.scores[unit.output];
+  const int row = p.slab.row + unit.row, key = p.slab.key + unit.column;
+  each_product<T::kParts>([&](int a, int b) {
+    const HeadOf rows = part_of(of.rows, unit.head, unit.batch, T::kParts, a);
+    const HeadOf columns = part_of(of.columns, unit.head, unit.batch, T::kParts, b);
+    for (int panel = 0; panel * kPanel < of.depth; ++panel) {
+      const int stage = me.claim();
+      me.left(stage, rows, panel, row, false);
+      me.right(stage, columns, panel, key, false);
+    }
+  });
+  if (!p.has_boxes) return;
+  const HeadOf mask(p.mask_boxes, unit.head, unit.batch);
+  for (int panel = 0; panel < T::kPanels; panel += 2) {
+    const bool two = panel + 1 < T::kPanels;
+    const int stage = me.claim((two ? 2 : 1) * T::kRows * kPanelRow);
+    me.left(stage, mask, key / kPanel + panel, row, false);
+    if (two) me.right(stage, mask, key / kPanel + panel + 1, row, false);
+  }
+}
+
+template <class T>
+struct ScoresMaker : PartsConsumer<T> {
+  using Element = typename T::Element;
+  const MaskedScoresParams& p;
+
+  __device__ ScoresMaker(const MaskedScoresParams& p, WideShared<T>& shared, int group)
+      : PartsConsumer<T>(shared, group), p(p) {}
+
+  __device__ void make(const ScoresUnit<T>& unit) {
+    const MaskedScores& of = p.scores[unit.output];
+    this->template product<0, 0>((of.depth + kPanel - 1) / kPanel);
+    weigh(unit);
+    const int64_t part = int64_t(p.slab.rows) * p.slab.width;
+    Element* to = static_cast<Element*>(of.out) + unit.pair * T::kParts * part + int64_t(unit.row) * p.slab.width;
+#pragma unroll 1
+    for (int i = 0; i < T::kParts; ++i) {
+      this->put_out(to + i * part + unit.column, p.slab.rows - unit.row, p.slab.width - unit.column, p.slab.width);
+      if (i + 1 == T::kParts) break;
+#pragma unroll
+      for (int x = 0; x < T::kN / 2; x += 2) {
+        const float2 rounded = unpack<Element>(pack<Element>(this->acc[x], this->acc[x + 1]));
+        this->acc[x] -= rounded.x, this->acc[x + 1] -= rounded.y;
+      }
+    }
+  }
+
+  __device__ void weigh(const ScoresUnit<T>& unit) {
+    if constexpr (T::kParts == 1) {
+      if (p.has_boxes)
+        weigh_by_boxes();
+      else if (p.mask.type == MaskType::kBool)
+        weigh_by<uint8_t>(unit);
+      else
+        weigh_by<Element>(unit);
+    } else if (p.mask.type == MaskType::kBool) {
+      weigh_by<uint8_t>(unit);
+    } else {
+      weigh_by<float>(unit);
+    }
+  }
+
+  // The mask as put_out would leave it in shared memory.
+  __device__ void weigh_by_boxes() {
+    const Lane at;
+#pragma unroll
+    for (int panel = 0; panel < T::kPanels; panel += 2) {
+      const int stage = this->next([](int) {});
+#pragma unroll
+      for (int x = 0; x < (panel + 1 < T::kPanels ? 8 : 4); ++x) {
+        const uint32_t box = x < 4 ? this->left(stage) : this->right(stage) + this->group * kPanelBytes;
+        uint32_t blocks[4];
+        load_blocks<false>(blocks, box + at.block(x % 4));
+        float* values = &this->acc[panel * 32 + x * 8];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 weight = unpack<Element>(blocks[i]);
+          values[i * 2] *= weight.x, values[i * 2 + 1] *= weight.y;
+        }
+      }
+      this->release(stage);
+      ++this->step;
+    }
+  }
+
+  // The mask from where it lies. What pads the slab is zero: values times zero could still be NaN.
+  template <class Value>
+  __device__ void weigh_by(const ScoresUnit<T>& unit) {
+    const Lane at;
+    const MaskView& mask = p.mask;
+    const int row = p.slab.row + unit.row + this->group * 64 + at.row, key = p.slab.key + unit.column + at.pair;
+    const Value* from = static_cast<const Value*>(mask.data) + unit.batch * mask.batch + unit.head * mask.head +
+                        row * mask.row + key * mask.column;
+#pragma unroll
+    for (int x = 0; x < T::kN / 2; ++x) {
+      const int below = x / 2 % 2 * 8, right = x / 4 * 8 + x % 2;
+      const bool inside = row + below < p.queries && key + right < p.keys;
+      this->acc[x] = inside ? this->acc[x] * float(from[below * mask.row + right * mask.column]) : 0.f;
+    }
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 1) masked_scores_kernel(const __grid_constant__ MaskedScoresParams p) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  auto& shared = *reinterpret_cast<WideShared<T>*>(memory);
+  init_barriers(shared);
+  by_role<T>(
+      [&] {
+        Producer<T> me{shared};
+        each_unit(p.units, [&](int unit) { produce_scores<T>(p, me, ScoresUnit<T>(p, unit)); });
+      },
+      [&](int group) {
+        ScoresMaker<T> me(p, shared, group);
+        each_unit(p.units, [&](int unit) { me.make(ScoresUnit<T>(p, unit)); });
+      });
+}
+
+template <class Element>
+cudaError_t run_masked_scores(const MaskedScoresParams& p, WideTile tile, int multiprocessors, cudaStream_t stream) {
+  return with_parts<Element>(tile, p.parts, [&](auto sizes) {
+    using T = decltype(sizes);
+    return launch_wide<T>(masked_scores_kernel<T>, p, std::min<int64_t>(p.units, multiprocessors), stream);
+  });
+}

@@ -1,0 +1,72 @@
+// Products of float32 numbers in parts: x = x_0 + x_1 (+ x_2), each the rest rounded to bfloat16.
+//
+// Such a product is the sum of those of parts a and b with a + b < parts: 3 for 2 parts, 6 for 3. What is left out is
+// as small as what the last part rounds away.
+#pragma once
+
+#include "masked_wide.h"
+#include "wide.cuh"
+
+// Sizes of a tile, of operands in kParts; 1: of a 2-byte type, as they are.
+template <class Element, int kGroups, int kN, int kParts_ = 1>
+struct InParts : Wide<Element, kGroups, kN> {
+  static constexpr int kParts = kParts_, kProducts = kParts * (kParts + 1) / 2;
+  static_assert(kParts == 1 || std::is_same_v<Element, __nv_bfloat16>);
+};
+
+// visit(a, b) for each product, the smallest first.
+template <int kParts, class Visit>
+__device__ void each_product(Visit visit) {
+  for (int order = kParts - 1; order >= 0; --order)
+    for (int a = 0; a <= order; ++a) visit(a, order - a);
+}
+
+// A head of a tensor (B, heads × parts, T, width).
+__device__ inline HeadOf part_of(const TiledTensor& tensor, int head, int batch, int parts, int part) {
+  HeadOf of(tensor, head, batch);
+  of.head = of.head * parts + part;
+  return of;
+}
+
+template <class T>
+struct PartsConsumer : Consumer<T> {
+  using Consumer<T>::Consumer;
+
+  // acc = a product whose sum is `count` stages long. Tensor cores cut sums off where they should round, and with 3
+  // parts that is seen: what each stage adds is summed outside of them.
+  template <int kTransposeLeft, int kTransposeRight>
+  __device__ void product(int count) {
+    const auto nothing = [](int) {};
+    if constexpr (T::kParts < 3) {
+      this->clear();
+      this->template multiply<kTransposeLeft, kTransposeRight>(count * T::kProducts, nothing);
+    } else {
+      float sum[T::kN / 2] = {};
+      for (int i = 0; i < count * T::kProducts; ++i) {
+        this->clear();
+        this->template multiply<kTransposeLeft, kTransposeRight>(1, nothing);
+#pragma unroll
+        for (int x = 0; x < T::kN / 2; ++x) sum[x] += this->acc[x];
+      }
+#pragma unroll
+      for (int x = 0; x < T::kN / 2; ++x) this->acc[x] = sum[x];
+    }
+  }
+};
+
+// Blocks of which each takes every gridDim-th unit of work: make(unit).
+template <class Make>
+__device__ void each_unit(int64_t units, Make make) {
+  for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) make(int(unit));
+}
+
+// run(T), with the sizes of a tile of operands in so many parts.
+template <class Element, class Run>
+cudaError_t with_parts(WideTile tile, int parts, Run run) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    if (parts == 2) return run(InParts<Element, kPartsTile.rows / 64, kPartsTile.columns, 2>{});
+    if (parts == 3) return run(InParts<Element, kPartsTile.rows / 64, kPartsTile.columns, 3>{});
+  }
+  return tile.rows == kSquareTile.rows ? run(InParts<Element, kSquareTile.rows / 64, kSquareTile.columns>{})
+                                       : run(InParts<Element, kLongTile.rows / 64, kLongTile.columns>{});
+}

@@ -1,0 +1,215 @@
+"""Masked attention of wide heads by the CUDA kernels: scores of a slab go through memory, and are multiplied there.
+
+A multiprocessor holds no output of a wide head, so blocks that make scores again for each part of it would make them
+many times. Here they are made once, for as many pairs of batch and head at a time as the second cache holds, or for
+queries and keys of one pair:
+
+    scores     P = (q kᵀ) ⊙ mask, A = (do vᵀ) ⊙ mask
+    products   o = P v, dq = A k, dk = Aᵀ q, dv = Pᵀ do
+
+float32 goes in as bfloat16 parts that add up to it, (B, heads × parts, T, width), contiguous, the part as the inner of
+the two; `parts` is their number, 2 or 3, and 0 for 2-byte types, which go in as `for_kernel` makes them.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels import multiprocessors, sum_groups
+
+SQUARE, LONG, OF_PARTS = (192, 192), (128, 256), (128, 128)  # kSquareTile, kLongTile, kPartsTile of csrc/
+SCORES_BYTES = 32 * 2**20  # of the scores that are in memory at a time
+MOST_KEYS = 4096  # of a slab that is a part of a pair: a multiple of 64
+GRADIENT_ROWS, GRADIENT_COLUMNS, GRADIENT_COLUMNS_OF_PARTS = 128, 128, 64  # of csrc/mask_gradient.h
+
+
+class Slab(NamedTuple):
+    """A range of scores: whole pairs of batch and head, or queries and keys of one pair."""
+
+    pair: int
+    pairs: int
+    row: int
+    rows: int
+    key: int
+    keys: int
+
+
+class Plan(NamedTuple):
+    """How scores are cut, and the tiles of the products that make and use them."""
+
+    slabs: list[Slab]
+    scores_tile: tuple[int, int]
+    products_tile: tuple[int, int]
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, parts: int) -> Tensor:
+    """o (B, H, Lq, E) in v's type, or in float32 from parts; E as in v."""
+    heads, parts = q.shape[1] // max(parts, 1), max(parts, 1)
+    o = _output(q, v, heads, q.shape[2], parts)
+    plan = _plan(q, mask, heads, parts, 1, [(False, v.shape[3])])
+    sums = _Sums(plan, {"o": (False, v.shape[3])}, q)
+    room = _room(q, plan, parts)
+    for slab in plan.slabs:
+        p = _scores(room, slab, parts)
+        at = parts, slab.pair, slab.row, slab.key
+        torch.ops.transnormer_kernels.masked_scores(q, k, None, None, mask, p, None, heads, *at, plan.scores_tile[1])
+        # o of P and v is what dq is of A and k.
+        torch.ops.transnormer_kernels.masked_products(
+            None, p, None, v, None, o, None, None, sums.of("o", slab), None, None, *at, plan.products_tile[1]
+        )
+    return o
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    parts: int,
+    wanted: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, those that are wanted, in their type, or in float32 from parts; widths as they are."""
+    heads, parts = q.shape[1] // max(parts, 1), max(parts, 1)
+    if not any(wanted):
+        return None, None, None
+    lengths = q.shape[2], k.shape[2], v.shape[2]
+    dq, dk, dv = (
+        _output(q, x, heads, length, parts) if want else None
+        for x, length, want in zip((q, k, v), lengths, wanted, strict=True)
+    )
+    outputs = {
+        name: (transposed, x.shape[3])
+        for name, transposed, x in (("dq", False, dq), ("dk", True, dk), ("dv", True, dv))
+        if x is not None
+    }
+    makes_a = dq is not None or dk is not None
+    plan = _plan(q, mask, heads, parts, makes_a + (dv is not None), list(outputs.values()))
+    sums = _Sums(plan, outputs, q)
+    room_of_p = None if dv is None else _room(q, plan, parts)
+    room_of_a = _room(q, plan, parts) if makes_a else None
+    p_of, a_of = (None, None) if dv is None else (q, k), (do, v) if makes_a else (None, None)
+    for slab in plan.slabs:
+        p, a = _scores(room_of_p, slab, parts), _scores(room_of_a, slab, parts)
+        at = parts, slab.pair, slab.row, slab.key
+        torch.ops.transnormer_kernels.masked_scores(*p_of, *a_of, mask, p, a, heads, *at, plan.scores_tile[1])
+        torch.ops.transnormer_kernels.masked_products(
+            p, a, q, k, do, dq, dk, dv, *(sums.of(name, slab) for name in ("dq", "dk", "dv")), *at,
+            plan.products_tile[1],
+        )  # fmt: skip
+    groups = k.shape[1] // parts, v.shape[1] // parts
+    return (
+        dq,
+        None if dk is None else sum_groups(dk, groups[0]),
+        None if dv is None else sum_groups(dv, groups[1]),
+    )
+
+
+def mask_gradient(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, parts: int, multiprocessors: int
+) -> Tensor:
+    """Gradient of the mask, of its whole shape and its type, contiguous; heads of any width."""
+    heads, parts = q.shape[1] // max(parts, 1), max(parts, 1)
+    out = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
+    shares = _shares(q.shape[0] * heads, mask, parts, multiprocessors)
+    partial = q.new_empty((shares, *mask.shape), dtype=torch.float32) if shares > 1 else None
+    torch.ops.transnormer_kernels.mask_gradient(q, k, do, v, out, partial, heads, parts)
+    return out
+
+
+def _shares(pairs: int, mask: Tensor, parts: int, slots: int) -> int:
+    """Among how many blocks the pairs that share an entry of the mask are divided, so that all have work."""
+    batch, heads, queries, keys = mask.shape
+    columns = GRADIENT_COLUMNS if parts == 1 else GRADIENT_COLUMNS_OF_PARTS
+    tiles = batch * heads * -(-queries // GRADIENT_ROWS) * -(-keys // columns)
+    pairs //= batch * heads
+
+    def longest(shares: int) -> int:
+        return -(-tiles * shares // slots) * -(-pairs // shares)
+
+    return min(range(1, min(pairs, max(2 * slots // tiles, 1)) + 1), key=longest)
+
+
+def _output(q: Tensor, x: Tensor, heads: int, length: int, parts: int) -> Tensor:
+    shape = (q.shape[0], heads, length, x.shape[3])
+    return x.new_empty(shape, dtype=x.dtype if parts == 1 else torch.float32)
+
+
+def _room(q: Tensor, plan: Plan, parts: int) -> Tensor:
+    """For the scores of any slab: the first is the largest."""
+    first = plan.slabs[0]
+    return q.new_empty(first.pairs * parts * first.rows * (-(-first.keys // 8) * 8))
+
+
+def _scores(room: Tensor | None, slab: Slab, parts: int) -> Tensor | None:
+    """Those of a slab, in rows of whole 16 bytes."""
+    if room is None:
+        return None
+    shape = (slab.pairs, parts, slab.rows, -(-slab.keys // 8) * 8)
+    return room[: math.prod(shape)].view(shape)
+
+
+def _plan(q: Tensor, mask: Tensor, heads: int, parts: int, kinds: int, outputs: list[tuple[bool, int]]) -> Plan:
+    """For `kinds` of scores, P or A or both, and outputs of which each is transposed or not, and so wide."""
+    slabs = list(_slabs(q.shape[0] * heads, mask.shape[2], mask.shape[3], 2 * parts * kinds))
+    if parts > 1:
+        return Plan(slabs, OF_PARTS, OF_PARTS)
+    slots, first = multiprocessors(q.device), slabs[0]
+    scores = [(first.rows, first.keys)] * kinds
+    products = [(first.keys if transposed else first.rows, width) for transposed, width in outputs]
+    return Plan(slabs, _tile(scores, first.pairs, slots), _tile(products, first.pairs, slots))
+
+
+def _slabs(pairs: int, queries: int, keys: int, score_bytes: int) -> Iterator[Slab]:
+    """Cuts whose scores, of so many bytes each, take no more than `SCORES_BYTES`, but for 128 queries at least."""
+    limit = SCORES_BYTES // score_bytes
+    width = -(-keys // 8) * 8
+    if queries * width <= limit:
+        count = -(-pairs // (limit // (queries * width)))
+        each = -(-pairs // count)
+        for pair in range(0, pairs, each):
+            yield Slab(pair, min(each, pairs - pair), 0, queries, 0, keys)
+        return
+    rows = limit // min(width, MOST_KEYS)
+    whole = 384 if rows >= 384 else 128  # tiles of either shape, or of the lower one
+    rows = max(rows // whole, 1) * whole
+    for pair in range(pairs):
+        for row in range(0, queries, rows):
+            for key in range(0, keys, MOST_KEYS):
+                yield Slab(pair, 1, row, min(rows, queries - row), key, min(MOST_KEYS, keys - key))
+
+
+def _tile(products: list[tuple[int, int]], pairs: int, slots: int) -> tuple[int, int]:
+    """The tile with which blocks, `slots` of which run at a time, are done first with products of these sizes."""
+
+    def time(tile: tuple[int, int]) -> int:
+        tiles = sum(-(-rows // tile[0]) * -(-columns // tile[1]) for rows, columns in products)
+        return -(-tiles * pairs // slots) * tile[0] * tile[1]
+
+    return min(LONG, SQUARE, key=time)
+
+
+class _Sums:
+    """float32 sums of outputs to which several slabs add, in whole tiles; sums of a pair serve the next one too."""
+
+    def __init__(self, plan: Plan, outputs: dict[str, tuple[bool, int]], like: Tensor) -> None:
+        first, (tile_rows, tile_columns) = plan.slabs[0], plan.products_tile
+        own = [slab for slab in plan.slabs if slab.pair == first.pair]
+        self.step, self.sums = first.keys, {}
+        for name, (transposed, width) in outputs.items():
+            ranges = len({slab.key for slab in own}) if transposed else 1
+            if len({slab.row if transposed else slab.key for slab in own}) == 1:
+                continue
+            rows = first.keys if transposed else first.rows
+            tiles = -(-rows // tile_rows) * -(-width // tile_columns)
+            self.sums[name] = like.new_empty((ranges, tiles * tile_rows * tile_columns), dtype=torch.float32)
+
+    def of(self, name: str, slab: Slab) -> Tensor | None:
+        """Where the slab adds to an output: dk and dv have sums for each range of keys."""
+        if name not in self.sums:
+            return None
+        sums = self.sums[name]
+        return sums[slab.key // self.step if len(sums) > 1 else 0]
