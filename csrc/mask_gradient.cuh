@@ -79,7 +79,7 @@ struct GradientMaker : PartsConsumer<T> {
     const int rows = p.queries - unit.row, columns = p.keys - unit.column;
     if (p.partial != nullptr)
       store(p.partial + at, rows, columns);
-    else if constexpr (T::kParts > 1)
+    else if (p.in_float32)
       store(static_cast<float*>(p.out) + at, rows, columns);
     else if (p.keys % 8 == 0)
       this->put_out(static_cast<Element*>(p.out) + at, rows, columns, p.keys);
@@ -138,16 +138,20 @@ __global__ void sum_shares_kernel(const float* partial, Out* out, int64_t count,
   out[at] = Out(sum);
 }
 
-template <class Element, int kParts>
-cudaError_t run_mask_gradient(const MaskGradientParams& p, int multiprocessors, cudaStream_t stream) {
-  using T = GradientTile<Element, kParts>;
-  using Out = std::conditional_t<kParts == 1, Element, float>;
-  const int64_t blocks = std::min<int64_t>(p.units, multiprocessors);
-  const cudaError_t error = launch_wide<T>(mask_gradient_kernel<T>, p, blocks, stream);
-  if (error != cudaSuccess || p.partial == nullptr) return error;
+template <class Out>
+cudaError_t sum_shares(const MaskGradientParams& p, cudaStream_t stream) {
   constexpr int kSumThreads = 256;
   const int64_t count = int64_t(p.mask_batch) * p.mask_heads * p.queries * p.keys;
   sum_shares_kernel<Out><<<dim3((count + kSumThreads - 1) / kSumThreads), kSumThreads, 0, stream>>>(
       p.partial, static_cast<Out*>(p.out), count, p.shares);
   return cudaGetLastError();
+}
+
+template <class Element, int kParts>
+cudaError_t run_mask_gradient(const MaskGradientParams& p, int multiprocessors, cudaStream_t stream) {
+  using T = GradientTile<Element, kParts>;
+  const int64_t blocks = std::min<int64_t>(p.units, multiprocessors);
+  const cudaError_t error = launch_wide<T>(mask_gradient_kernel<T>, p, blocks, stream);
+  if (error != cudaSuccess || p.partial == nullptr) return error;
+  return p.in_float32 ? sum_shares<float>(p, stream) : sum_shares<Element>(p, stream);
 }

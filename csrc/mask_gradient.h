@@ -11,7 +11,8 @@ constexpr int gradient_columns(int parts) { return parts == 1 ? 128 : 64; }
 // dM = (dO Vᵀ) ⊙ (Q Kᵀ), summed over the pairs of batch and head that share an entry of the mask.
 struct MaskGradientParams {
   TiledTensor q, grad_o, k, v;  // (B, heads × parts, queries, d), (.., queries, e), (.., keys, d), (.., keys, e)
-  void* out;                    // (mask_batch, mask_heads, queries, keys)
+  void* out;                    // (mask_batch, mask_heads, queries, keys), in float32 or the operands' type
+  int in_float32;
   // (shares, mask_batch, mask_heads, queries, keys), or null with one share: pairs are divided among shares.
   float* partial;
   int batch, heads, mask_batch, mask_heads;

@@ -71,18 +71,14 @@ struct ScoresMaker : PartsConsumer<T> {
   }
 
   __device__ void weigh(const ScoresUnit<T>& unit) {
-    if constexpr (T::kParts == 1) {
-      if (p.has_boxes)
-        weigh_by_boxes();
-      else if (p.mask.type == MaskType::kBool)
-        weigh_by<uint8_t>(unit);
-      else
-        weigh_by<Element>(unit);
-    } else if (p.mask.type == MaskType::kBool) {
+    if (p.mask.type == MaskType::kBool)
       weigh_by<uint8_t>(unit);
-    } else {
+    else if (p.mask.type == MaskType::kFloat32)
       weigh_by<float>(unit);
-    }
+    else if (p.has_boxes)
+      weigh_by_boxes();
+    else
+      weigh_by<Element>(unit);
   }
 
   // The mask as put_out would leave it in shared memory.

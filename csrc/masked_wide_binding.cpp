@@ -77,9 +77,9 @@ bool fits_boxes(const Tensor& mask) {
 }
 
 void fill_mask(MaskedScoresParams& p, const Tensor& mask, const Operands& of, WideTile tile) {
-  const ScalarType type = mask.scalar_type(), floats = of.parts == 1 ? of.like.scalar_type() : ScalarType::Float;
-  CHECK(type == ScalarType::Bool || type == floats, "mask: expected bool or ",
-        of.parts == 1 ? "the type of the others" : "float32");
+  const ScalarType type = mask.scalar_type();
+  CHECK(type == ScalarType::Bool || type == ScalarType::Float || (of.parts == 1 && type == of.like.scalar_type()),
+        "mask: expected bool, float32 or the type of the others");
   CHECK(mask.is_cuda() && mask.get_device_index() == of.like.get_device_index(),
         "mask: expected on the device of the others");
   CHECK(mask.dim() == 4 && (mask.size(0) == 1 || mask.size(0) == of.like.size(0)) &&
@@ -89,7 +89,9 @@ void fill_mask(MaskedScoresParams& p, const Tensor& mask, const Operands& of, Wi
   p.mask.data = mask.data_ptr();
   p.mask.batch = mask.size(0) == 1 ? 0 : mask.stride(0), p.mask.head = mask.size(1) == 1 ? 0 : mask.stride(1);
   p.mask.row = mask.stride(2), p.mask.column = mask.stride(3);
-  p.mask.type = type == ScalarType::Bool ? MaskType::kBool : of.parts == 1 ? MaskType::kTwoBytes : MaskType::kFloat32;
+  p.mask.type = type == ScalarType::Bool    ? MaskType::kBool
+                : type == ScalarType::Float ? MaskType::kFloat32
+                                            : MaskType::kTwoBytes;
   p.has_boxes = p.mask.type == MaskType::kTwoBytes && fits_boxes(mask);
   if (p.has_boxes) p.mask_boxes = tiled(mask, "mask", of.heads, kColumns, tile.rows);
 }
@@ -205,7 +207,8 @@ void mask_gradient(const Tensor& q, const Tensor& k, const Tensor& grad_o, const
   p.grad_o = of.tiled(grad_o, "grad_o", p.queries, p.e, kColumns, kGradientRows);
   p.k = of.tiled(k, "k", p.keys, p.d, kColumns, columns);
   p.v = of.tiled(v, "v", p.keys, p.e, kColumns, columns);
-  check_same(out, "out", parts == 1 ? q.scalar_type() : ScalarType::Float, q);
+  p.in_float32 = out.scalar_type() == ScalarType::Float;
+  check_same(out, "out", p.in_float32 || parts > 1 ? ScalarType::Float : q.scalar_type(), q);
   check_shape(out, "out", {out.size(0), out.size(1), p.queries, p.keys});
   p.mask_batch = out.size(0), p.mask_heads = out.size(1);
   CHECK((p.mask_batch == 1 || p.mask_batch == p.batch) && (p.mask_heads == 1 || p.mask_heads == heads),
