@@ -35,7 +35,7 @@ constexpr MaskedTile masked_tile(int width, int problems, int parts, bool float_
 #ifndef ONE_G
 #define ONE_G 2
 #define ONE_N 128
-#define TWO_N 128
+#define TWO_N 64
 #endif
 
   if (width == 64 && parts == 1)

@@ -176,6 +176,7 @@ struct MaskedConsumer {
   float out[T::kProblems][kOut], scores[T::kTogether][kScores];
   float tile_out[T::kOutside ? kOut : 1] = {};  // of the last tile alone
   using Weighed = uint32_t[T::kParts][kBlocks][4];
+  using Weights = uint32_t[kBlocks][T::kFloatMask ? 8 : 4];
   Weighed weighed[T::kTogether] = {};  // scores ⊙ M as left operands
   uint32_t x[T::kKeepX ? T::kProblems : 1][T::kParts][T::kKeepX ? kSteps : 1][4];
 
@@ -242,59 +243,60 @@ struct MaskedConsumer {
     wgmma_commit();
   }
 
-  // The weights of a thread's scores[8 block] to [8 block + 7].
-  __device__ void weights(float (&w)[8], int stage, int block) const {
+  // Of the mask as it lies in a stage: the weights of a thread's scores[8 block] to [8 block + 7], packed as they are.
+  __device__ void load_weights(Weights& w, int stage) const {
     const Lane at;
     const uint32_t mask = stream(stage, 2, 0);
     if constexpr (!T::kFloatMask) {
-      uint32_t pairs[4];
-      if (p.transposed) {
-        const int row = block * 16 + at.lane / 16 * 8 + at.lane % 8, piece = at.thread / 32 * 2 + at.lane / 8 % 2;
-        load_blocks<true>(pairs, mask + group * T::kN * kPanelRow + piece_offset(row, piece));
-      } else {
-        load_blocks<false>(pairs, mask + block / 4 * T::kRows * kPanelRow + group * kPanelBytes + at.block(block % 4));
-      }
+      const uint32_t across = mask + group * T::kN * kPanelRow +
+                              piece_offset(at.lane / 16 * 8 + at.lane % 8, at.thread / 32 * 2 + at.lane / 8 % 2);
+      if (T::kProblems == 2 || p.transposed) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 pair = unpack<Element>(pairs[i]);
-        w[2 * i] = pair.x, w[2 * i + 1] = pair.y;
+        for (int block = 0; block < kBlocks; ++block) load_blocks<true>(w[block], across + block * 16 * kPanelRow);
+      } else {
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block)
+          load_blocks<false>(w[block],
+                             mask + block / 4 * T::kRows * kPanelRow + group * kPanelBytes + at.block(block % 4));
+      }
+    } else if (T::kProblems == 2 || p.transposed) {
+#pragma unroll
+      for (int i = 0; i < kBlocks * 4; ++i) {
+        const int row = at.row + i % 2 * 8, column = i / 2 * 8 + at.pair;
+        const uint32_t panel = mask + (group * 2 + row / 32) * T::kN * kPanelRow + row % 4 * 4;
+        w[i / 4][i % 4 * 2] = load_word(panel + piece_offset(column, row % 32 / 4));
+        w[i / 4][i % 4 * 2 + 1] = load_word(panel + piece_offset(column + 1, row % 32 / 4));
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = at.row + i % 2 * 8, column = block * 16 + i / 2 * 8 + at.pair;
-        if (p.transposed) {
-          const uint32_t panel = mask + (group * 2 + row / 32) * T::kN * kPanelRow;
-          w[2 * i] = __uint_as_float(load_word(panel + piece_offset(column, row % 32 / 4) + row % 4 * 4));
-          w[2 * i + 1] = __uint_as_float(load_word(panel + piece_offset(column + 1, row % 32 / 4) + row % 4 * 4));
-        } else {
-          const uint32_t panel = mask + (column / 32 * T::kRows + group * 64) * kPanelRow;
-          const float2 pair = load_pair(panel + piece_offset(row, column % 32 / 4) + column % 4 * 4);
-          w[2 * i] = pair.x, w[2 * i + 1] = pair.y;
-        }
+      for (int i = 0; i < kBlocks * 4; ++i) {
+        const int row = at.row + i % 2 * 8, column = i / 2 * 8 + at.pair;
+        const uint32_t panel = mask + (column / 32 * T::kRows + group * 64) * kPanelRow;
+        const float2 pair = load_pair(panel + piece_offset(row, column % 32 / 4) + column % 4 * 4);
+        w[i / 4][i % 4 * 2] = __float_as_uint(pair.x), w[i / 4][i % 4 * 2 + 1] = __float_as_uint(pair.y);
       }
     }
   }
 
-  __device__ void weigh(float (&of)[kScores], Weighed& weighed, int stage) {
+  __device__ void weigh(float (&of)[kScores], const Weights& weights, Weighed& weighed) {
     wgmma_hold(of);
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      float w[8];
-      weights(w, stage, block);
+    for (int i = 0; i < kBlocks * 4; ++i) {
+      float2 pair;
+      if constexpr (T::kFloatMask)
+        pair = make_float2(__uint_as_float(weights[i / 4][i % 4 * 2]), __uint_as_float(weights[i / 4][i % 4 * 2 + 1]));
+      else
+        pair = unpack<Element>(weights[i / 4][i % 4]);
+      pair.x *= of[2 * i], pair.y *= of[2 * i + 1];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) w[i] *= of[block * 8 + i];
-#pragma unroll
-      for (int part = 0; part < T::kParts; ++part)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const uint32_t packed = pack<Element>(w[2 * i], w[2 * i + 1]);
-          weighed[part][block][i] = packed;
-          if (part + 1 < T::kParts) {
-            const float2 taken = unpack<Element>(packed);
-            w[2 * i] -= taken.x, w[2 * i + 1] -= taken.y;
-          }
+      for (int part = 0; part < T::kParts; ++part) {
+        const uint32_t packed = pack<Element>(pair.x, pair.y);
+        weighed[part][i / 4][i % 4] = packed;
+        if (part + 1 < T::kParts) {
+          const float2 taken = unpack<Element>(packed);
+          pair.x -= taken.x, pair.y -= taken.y;
         }
+      }
     }
   }
 
@@ -333,16 +335,19 @@ struct MaskedConsumer {
     const int stage = step % T::kStages;
     shared.full[stage].wait(parity(step, T::kStages));
     const bool last = shared.last[stage];
+    Weights weights;
     renew_x();
 #pragma unroll
     for (int from = 0; from < T::kProblems; from += T::kTogether) {
 #pragma unroll
       for (int i = 0; i < T::kTogether; ++i) make_scores(scores[i], from + i, stage);
+      if (from == 0 && !T::kOutside) load_weights(weights, stage);  // while scores are made
       wait_for_products();
       if (from == 0 && !first) release(step - 1);
       if (!T::kKeepX && last && from + T::kTogether == T::kProblems) arrive_as_warp(shared.x_empty);
+      if (T::kOutside) load_weights(weights, stage);  // there are no registers for them before
 #pragma unroll
-      for (int i = 0; i < T::kTogether; ++i) weigh(scores[i], weighed[i], stage);
+      for (int i = 0; i < T::kTogether; ++i) weigh(scores[i], weights, weighed[i]);
 #pragma unroll
       for (int i = 0; i < T::kTogether; ++i) {
         if constexpr (T::kOutside)
@@ -357,15 +362,14 @@ struct MaskedConsumer {
 
   __device__ void put_out(const MaskedUnit& unit, int problem) {
     const auto& to = p.problems[problem];
-    const int64_t row = (int64_t(unit.batch) * (p.heads / p.shares) + unit.head) * p.rows + unit.first + group * 64;
-    const int rows = p.rows - unit.first - group * 64;
+    const int64_t row = (int64_t(unit.batch) * (p.heads / p.shares) + unit.head) * p.rows + unit.first;
+    const int rows = p.rows - unit.first, width = to.out_width;
     if constexpr (T::kFloat)
-      put_out_rows<T::kPanels>(out[problem], static_cast<float*>(to.out) + row * to.out_width, rows, to.out_width,
-                               to.out_width);
+      put_out_rows<T::kPanels>(out[problem], static_cast<float*>(to.out) + (row + group * 64) * width,
+                               rows - group * 64, width, width);
     else
       put_out_rows<Element, T::kPanels>(out[problem], shared_address(shared.staging) + group * kPanelBytes,
-                                        static_cast<Element*>(to.out) + row * to.out_width, rows, to.out_width,
-                                        to.out_width);
+                                        static_cast<Element*>(to.out) + row * width, group * 64, rows, width, width);
   }
 
   __device__ void walk() {

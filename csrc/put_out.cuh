@@ -4,16 +4,16 @@
 #include "async.cuh"
 #include "tile.cuh"
 
-// To memory, the first rows and columns that count, of rows `width` apart; `to` is where the warpgroup's 64 rows begin.
-// Each warp turns its 16 rows of a panel in shared memory, so that 8 lanes write a row's 128 bytes, and waits for
-// nobody. `staged`: 8 KiB of the warpgroup.
+// To memory, the first rows and columns that count, of rows `width` apart; the warpgroup's 64 rows begin `first` rows
+// behind `to`. Each warp turns its 16 rows of a panel in shared memory, so that 8 lanes write a row's 128 bytes, and
+// waits for nobody. `staged`: 8 KiB of the warpgroup.
 template <class Element, int kPanels>
-__device__ inline void put_out_rows(const float (&acc)[kPanels * 32], uint32_t staged, Element* to, int rows,
+__device__ inline void put_out_rows(const float (&acc)[kPanels * 32], uint32_t staged, Element* to, int first, int rows,
                                     int columns, int width) {
   const Lane at;
-  const int warp_row = at.thread / 32 * 16, first_row = warp_row + at.lane / 8, piece = at.lane % 8;
-  to += int64_t(first_row) * width + piece * 8;
-  rows -= first_row;
+  const int first_row = at.thread / 32 * 16 + at.lane / 8, piece = at.lane % 8;
+  to += int64_t(first + first_row) * width + piece * 8;
+  rows -= first + first_row;
   columns -= piece * 8;
 #pragma unroll
   for (int panel = 0; panel < kPanels; ++panel) {

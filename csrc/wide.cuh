@@ -201,8 +201,7 @@ struct Consumer {
 
   // To memory, the first rows and columns that count, of rows `width` apart; `to` is where the tile begins.
   __device__ void put_out(Element* to, int rows, int columns, int width) {
-    put_out_rows<Element, T::kPanels>(acc, shared_address(shared.staging[group]), to + int64_t(group * 64) * width,
-                                      rows - group * 64, columns, width);
+    put_out_rows<Element, T::kPanels>(acc, shared_address(shared.staging[group]), to, group * 64, rows, columns, width);
   }
 };
 
