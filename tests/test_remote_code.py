@@ -72,6 +72,8 @@ save_file({name: x.contiguous() for name, x in found.items()}, "found.safetensor
 
 VARIANTS = ["mha-lrpe-fixed", "gqa-l2-learned-tied"]
 CODE = {
+    "attention_transnormer.py",
+    "blockwise.py",
     "cache_transnormer.py",
     "chunkwise.py",
     "configuration_transnormer.py",
@@ -81,6 +83,8 @@ CODE = {
     "kernels.py",
     "lightning_cuda.py",
     "lightning_wide.py",
+    "linear_attention.py",
+    "masks_transnormer.py",
     "modeling_transnormer.py",
     "numerics.py",
     "packing_transnormer.py",
