@@ -6,7 +6,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .masks_transnormer import mask_names
+from .masks_transnormer import MaskFunction, find_mask, register_mask
+
+__all__ = ["TransnormerConfig", "register_mask"]
 
 ATTENTIONS = ("lightning", "masked")
 QK_NORMS = ("none", "l2")
@@ -137,11 +139,16 @@ class TransnormerConfig(PreTrainedConfig):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}")
 
+    def mask_function(self) -> MaskFunction | None:
+        """The registered function that `mask` names, or None for a mask that layers make.
+
+        A model asks its configuration: of code beside a checkpoint the library makes two copies, one for the
+        configuration and one for the model, and functions are registered with the first.
+        """
+        return find_mask(self.mask)
+
     def _validate_mask(self) -> None:
-        if self.mask not in mask_names():
-            raise ValueError(
-                f"mask: expected one of {', '.join(mask_names())}, got {self.mask!r}; register_mask adds names"
-            )
+        find_mask(self.mask)
         if self.attention != "masked" and self.mask != "decay":
             raise ValueError(f"mask: expected attention 'masked' with {self.mask!r}, got attention {self.attention!r}")
         if self.decay == "learned" and self.mask != "decay":

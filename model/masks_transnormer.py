@@ -40,9 +40,12 @@ def register_mask(name: str, function: MaskFunction) -> None:
     _FUNCTIONS[name] = function
 
 
-def mask_names() -> list[str]:
-    """Every value that `mask` may have now."""
-    return [*LAYER_MASKS, *_FUNCTIONS]
+def find_mask(name: str) -> MaskFunction | None:
+    """The function that was registered, or None for a mask that layers make; another name is a ValueError."""
+    if name not in LAYER_MASKS and name not in _FUNCTIONS:
+        names = ", ".join([*LAYER_MASKS, *_FUNCTIONS])
+        raise ValueError(f"mask: expected one of {names}, got {name!r}; register_mask adds names")
+    return _FUNCTIONS.get(name)
 
 
 register_mask("causal", lambda batch, head, query, key: torch.ones_like(query - key, dtype=torch.bool))
@@ -98,13 +101,12 @@ def pair_documents(packing: Packing, batch: int, tokens: int) -> Pairs:
     return pairs._replace(query=position[:, None, :, None], key=position[:, None, None])
 
 
-def function_mask(name: str, pairs: Pairs, batch: int, heads: int) -> Tensor:
-    """Weights of a registered function where pairs are allowed, else 0: (B or 1, H or 1, Tq, Tk)."""
-    if name not in _FUNCTIONS:
-        raise ValueError(f"mask: expected one of {', '.join(mask_names())}, got {name!r}; register_mask adds names")
+def function_mask(name: str, function: MaskFunction, pairs: Pairs, batch: int, heads: int) -> Tensor:
+    """Weights of a function where pairs are allowed, else 0: (B or 1, H or 1, Tq, Tk), as `register_mask` says."""
     device = pairs.allowed.device
-    rows, head = torch.arange(batch, device=device), torch.arange(heads, device=device)
-    weights = _FUNCTIONS[name](rows[:, None, None, None], head[:, None, None], pairs.query, pairs.key)
+    row = torch.arange(batch, device=device)[:, None, None, None]
+    head = torch.arange(heads, device=device)[None, :, None, None]
+    weights = function(row, head, pairs.query, pairs.key)
     _check_weights(name, weights, pairs, batch, heads)
     return weights & pairs.allowed if weights.dtype == torch.bool else torch.where(pairs.allowed, weights, 0)
 

@@ -30,7 +30,7 @@ from .attention_transnormer import (
 )
 from .cache_transnormer import KeyValueLayer, RecurrentLayer, TransnormerCache, check_cache, next_positions
 from .configuration_transnormer import TransnormerConfig
-from .masks_transnormer import LAYER_MASKS, Pairs, function_mask, pair_documents, pair_tokens
+from .masks_transnormer import Pairs, function_mask, pair_documents, pair_tokens
 from .packing_transnormer import Packing, from_attention_mask, from_cu_seqlens, from_position_ids
 
 try:  # in the repository the operators are a package; beside a checkpoint the same files lie flat
@@ -238,9 +238,10 @@ class TransnormerModel(TransnormerPreTrainedModel):
         config = self.config
         if config.mask == "decay" and config.decay == "none":
             return pairs.allowed
-        if config.mask in LAYER_MASKS:
+        function = config.mask_function()
+        if function is None:
             return None
-        mask = function_mask(config.mask, pairs, hidden_states.shape[0], config.num_attention_heads)
+        mask = function_mask(config.mask, function, pairs, hidden_states.shape[0], config.num_attention_heads)
         return mask if mask.dtype == torch.bool else autocast(hidden_states, mask.to(hidden_states.dtype))[1]
 
 
