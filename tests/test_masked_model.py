@@ -1,6 +1,7 @@
 """Masked attention in the model: it equals lightning attention under the decay's mask, and takes any other."""
 
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from model_cases import VOCABULARY, all_variants, assert_all_near, assert_near, 
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import train
 from model import TransnormerCache, TransnormerForCausalLM, masks_transnormer, register_mask
 from model.attention_transnormer import LightningAttention, MaskedAttention
 from model.cache_transnormer import KeyValueLayer
 from model.masks_transnormer import pair_tokens, relative_mask
+from training.config import load_config
 from training.optim import parameter_groups
 
 # Each source of weights once, together with every option of attention.
@@ -224,6 +227,19 @@ def test_masks_are_no_larger_than_they_differ() -> None:
         first, second = mask_of(masked_model("shapes"), input_ids=ids)
     assert first.dtype == torch.bfloat16
     assert first is second
+
+
+@torch.no_grad()
+def test_the_example_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (source,) = [x for x in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "register_mask" in x]
+    monkeypatch.setattr(train, "main", lambda argv: argv)
+    with pytest.raises(SystemExit) as ended:
+        exec(source, {})
+    config = load_config(ended.value.code).config.model  # type: ignore[arg-type]
+    assert (config.attention, config.mask) == ("masked", "window")
+    mask = mask_of(tiny_model(attention="masked", mask="window"), input_ids=random_ids(1, 150))[0]
+    assert mask.sum(-1)[0, :, -1].tolist() == [64, 128, 150, 150]
 
 
 WRONG_RESULTS: dict[str, tuple[Any, type[Exception], str]] = {
@@ -439,6 +455,17 @@ def test_compiled_in_one_graph(mask: str) -> None:
     compiled.backward()
     torch.testing.assert_close(compiled, loss)
     assert_all_near(gradients(model).values(), expected, 1e-5)
+
+
+@torch.no_grad()
+def test_compiled_in_evaluation_with_padding_and_cache() -> None:
+    torch.compiler.reset()
+    model, ids = masked_model("learned"), random_ids(3, 12)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ours, expected = (run(ids, attention_mask=PADDING) for run in (compiled, model))
+    assert_near(ours.logits[PADDING.bool()], expected.logits[PADDING.bool()])
+    after = [run(ids[:, :1], past_key_values=x.past_key_values) for run, x in ((compiled, ours), (model, expected))]
+    assert_near(after[0].logits, after[1].logits)
 
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
