@@ -1,61 +1,36 @@
 """Masked attention in the model: it equals lightning attention under the decay's mask, and takes any other."""
 
-import copy
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from model_cases import VOCABULARY, all_variants, assert_all_near, assert_near, random_ids, tiny_config, tiny_model
+from model_cases import (
+    MASKS,
+    PADDING,
+    VOCABULARY,
+    all_variants,
+    assert_all_near,
+    assert_near,
+    every_mask,
+    masked_model,
+    named_gradients,
+    random_ids,
+    tiny_config,
+    tiny_model,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import train
-from model import TransnormerCache, TransnormerForCausalLM, masks_transnormer, register_mask
+from model import TransnormerForCausalLM, masks_transnormer, register_mask
 from model.attention_transnormer import LightningAttention, MaskedAttention
-from model.cache_transnormer import KeyValueLayer
 from model.masks_transnormer import pair_tokens, relative_mask
 from training.config import load_config
 from training.optim import parameter_groups
 
-# Each source of weights once, together with every option of attention.
-MASKS: dict[str, dict[str, Any]] = {
-    "decay": {"mask": "decay", "num_key_value_heads": 2, "qk_norm": "l2", "decay": "learned"},
-    "no-decay": {"mask": "decay", "decay": "none", "num_key_value_heads": 1, "lrpe_layers": [0, 1]},
-    "learned": {"mask": "learned", "max_position_embeddings": 9, "num_key_value_heads": 2},
-    "causal": {"mask": "causal", "qk_norm": "l2", "lrpe_layers": []},
-    "shapes": {"mask": "shapes", "qk_norm": "l2"},
-}
-every_mask = pytest.mark.parametrize("mask", MASKS)
-PADDING = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 0, 1], [1] * 12, [0] * 8 + [1] * 4])
-
-
-@pytest.fixture(autouse=True)
-def registry() -> Iterator[None]:
-    """What a test registers is gone after it."""
-    before = dict(masks_transnormer._FUNCTIONS)
-    register_mask("shapes", lambda batch, head, query, key: 1 / (1 + head + (query - key).abs() % 5))
-    yield
-    masks_transnormer._FUNCTIONS.clear()
-    masks_transnormer._FUNCTIONS.update(before)
-
-
-def masked_model(mask: str, **changes: Any) -> TransnormerForCausalLM:
-    """A tiny model of masked attention whose learned weights are no decay."""
-    model = tiny_model(attention="masked", **(MASKS[mask] | changes))
-    generator = torch.Generator().manual_seed(5)
-    for name, x in model.named_parameters():
-        if name.endswith("mask_weights"):
-            x.data += 0.3 * torch.randn(x.shape, generator=generator)
-    return model
-
-
-def gradients(model: TransnormerForCausalLM) -> dict[str, Tensor]:
-    grads = {name: x.grad for name, x in model.named_parameters()}
-    assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
-    return grads  # type: ignore[return-value]
+pytestmark = pytest.mark.usefixtures("mask_registry")
 
 
 def mask_of(model: TransnormerForCausalLM, **batch: Any) -> list[Tensor]:
@@ -94,8 +69,8 @@ def test_the_decay_as_a_mask_equals_lightning_attention(variant: str, batch: str
     assert_near(actual, expected)
     for logits in (expected, actual):
         logits.square().mean().backward()
-    for name, grad in gradients(masked).items():
-        other = gradients(lightning)[name]
+    for name, grad in named_gradients(masked).items():
+        other = named_gradients(lightning)[name]
         assert_near(grad / other.abs().max(), other / other.abs().max(), 1e-3)
 
 
@@ -291,137 +266,6 @@ def test_a_learned_decay_must_have_a_use() -> None:
             tiny_config(attention="masked", mask=mask, decay="learned")
 
 
-@every_mask
-@torch.no_grad()
-def test_chunks_and_steps_equal_one_pass(mask: str) -> None:
-    model, ids = masked_model(mask), random_ids(3, 18)
-    rest = torch.cat([PADDING, torch.ones(3, 6, dtype=torch.long)], dim=1)
-    for attention_mask in (None, rest):
-        whole = model(ids, attention_mask=attention_mask).logits
-        cache, logits, seen = None, [], 0
-        for chunk in ids.split([5, 7, 1, 1, 0, 4], dim=1):
-            seen += chunk.shape[1]
-            until = None if attention_mask is None else attention_mask[:, :seen]
-            out = model(chunk, attention_mask=until, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            logits.append(out.logits)
-        read = torch.ones_like(ids).bool() if attention_mask is None else rest.bool()
-        assert_near(torch.cat(logits, dim=1)[read], whole[read], 2e-5)
-        assert cache.get_seq_length() == 18
-
-
-@torch.no_grad()
-def test_padding_may_end_or_begin_between_chunks() -> None:
-    model, ids = masked_model("learned"), random_ids(2, 16)
-    mask = torch.ones_like(ids)
-    mask[1, 9:11] = 0
-    cache = model(ids[:, :6]).past_key_values
-    assert cache.valid is None
-    middle = model(ids[:, 6:12], attention_mask=mask[:, :12], past_key_values=cache)
-    last = model(ids[:, 12:], past_key_values=middle.past_key_values)
-    assert cache.seen.tolist() == [16, 14]
-    assert_near(last.logits[1], model(ids[1:, mask[1].bool()]).logits[0, -4:], 2e-5)
-
-
-GENERATION: dict[str, dict[str, Any]] = {
-    "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True, "top_k": 0, "temperature": 1.3},
-    "beams": {"num_beams": 3, "num_return_sequences": 2, "do_sample": False},
-    "several": {"do_sample": True, "num_return_sequences": 2},
-    "chunked prefill": {"do_sample": False, "prefill_chunk_size": 4},
-}
-
-
-def generate(model: TransnormerForCausalLM, ids: Tensor, **kwargs: Any) -> Any:
-    torch.manual_seed(7)
-    return model.generate(ids, **({"max_new_tokens": 8, "pad_token_id": 3} | kwargs))
-
-
-@pytest.mark.parametrize("way", GENERATION)
-@pytest.mark.parametrize("mask", ["decay", "learned", "causal"])
-def test_generates_the_same_with_and_without_cache(mask: str, way: str) -> None:
-    model, ids = masked_model(mask), random_ids(2, 11)
-    padding = torch.ones_like(ids)
-    padding[1, :4] = 0
-    kwargs = GENERATION[way] | {"attention_mask": padding}
-    cached = generate(model, ids, use_cache=True, **kwargs)
-    kwargs.pop("prefill_chunk_size", None)
-    assert torch.equal(cached, generate(model, ids, use_cache=False, **kwargs))
-    if mask == "decay":
-        lightning = tiny_model(**MASKS[mask] | {"attention": "lightning"})
-        lightning.load_state_dict(model.state_dict())
-        assert torch.equal(cached, generate(lightning, ids, **kwargs))
-    if way == "greedy":
-        assert torch.equal(cached[1, 4:], generate(model, ids[1:, 4:], do_sample=False)[0])
-
-
-def test_continues_from_a_returned_cache() -> None:
-    model, ids = masked_model("learned"), random_ids(2, 10)
-    whole = generate(model, ids, do_sample=False, max_new_tokens=12)
-    first = generate(model, ids, do_sample=False, max_new_tokens=5, return_dict_in_generate=True)
-    cache = first.past_key_values
-    assert isinstance(cache, TransnormerCache)
-    assert isinstance(cache.layers[0], KeyValueLayer)
-    rest = generate(model, first.sequences, do_sample=False, max_new_tokens=7, past_key_values=copy.deepcopy(cache))
-    assert torch.equal(rest, whole)
-
-
-@torch.no_grad()
-def test_cache_operations() -> None:
-    model, ids = masked_model("learned"), random_ids(3, 12)
-    cache = model(ids, attention_mask=PADDING).past_key_values
-    before = [(layer.keys, layer.values) for layer in cache.layers]
-
-    def same(order: list[int]) -> bool:
-        kept = all(
-            torch.equal(layer.keys, keys[order]) and torch.equal(layer.values, values[order])
-            for layer, (keys, values) in zip(cache.layers, before, strict=True)
-        )
-        return (
-            kept and torch.equal(cache.valid, PADDING[order].bool()) and cache.seen.tolist() == [seen[i] for i in order]
-        )
-
-    seen = [7, 12, 4]
-    cache.reorder_cache(torch.tensor([2, 0, 1]))
-    assert same([2, 0, 1])
-    cache.batch_select_indices(torch.tensor([1, 2]))
-    assert same([0, 1])
-    cache.batch_repeat_interleave(2)
-    assert same([0, 0, 1, 1])
-    for i in range(2):
-        cache.offload(i)
-    assert same([0, 0, 1, 1])
-    assert cache.get_seq_length() == 12
-    for wrong in (lambda: cache.crop(5), lambda: cache.layers[0].crop(-1)):
-        with pytest.raises(ValueError, match="can't go back"):
-            wrong()
-    cache.reset()
-    assert cache.get_seq_length() == 0
-    assert_near(model(ids, past_key_values=cache).logits, model(ids).logits)
-
-
-def test_a_cache_of_the_other_attention_is_refused() -> None:
-    lightning, masked, ids = tiny_model(), masked_model("causal"), random_ids(1, 5)
-    with pytest.raises(TypeError, match="past_key_values: expected a cache of masked attention, got lightning"):
-        masked(ids, past_key_values=lightning(ids).past_key_values)
-    with pytest.raises(TypeError, match="past_key_values: expected a cache of lightning attention, got masked"):
-        generate(lightning, ids, past_key_values=masked(ids).past_key_values)
-
-
-def test_gradients_flow_through_cached_keys() -> None:
-    model, ids = masked_model("learned"), random_ids(1, 20)
-    model(ids, labels=ids).loss.backward()
-    expected = [x.clone() for x in gradients(model).values()]
-    model.zero_grad()
-    logits, cache = [], None
-    for chunk in ids.split([9, 1, 10], dim=1):
-        out = model(chunk, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        logits.append(out.logits)
-    model.loss_function(torch.cat(logits, dim=1), ids, VOCABULARY).backward()
-    assert_all_near(gradients(model).values(), expected)
-
-
 # transformers 5.23 calls these methods activation_checkpointing_*, a name that older versions lack.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 @every_mask
@@ -437,7 +281,7 @@ def test_gradient_checkpointing_changes_no_gradient(mask: str, reentrant: bool) 
                 model.gradient_checkpointing_disable()
             model.zero_grad()
             model(ids, labels=ids, **batch).loss.backward()
-            found.append([x.clone() for x in gradients(model).values()])
+            found.append([x.clone() for x in named_gradients(model).values()])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -449,12 +293,12 @@ def test_compiled_in_one_graph(mask: str) -> None:
     batch: dict[str, Any] = {"input_ids": ids, "labels": ids} | ({"cu_seq_lens_q": bounds} if mask != "causal" else {})
     loss = model(**batch).loss
     loss.backward()
-    expected = [x.clone() for x in gradients(model).values()]
+    expected = [x.clone() for x in named_gradients(model).values()]
     model.zero_grad()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(**batch).loss
     compiled.backward()
     torch.testing.assert_close(compiled, loss)
-    assert_all_near(gradients(model).values(), expected, 1e-5)
+    assert_all_near(named_gradients(model).values(), expected, 1e-5)
 
 
 @torch.no_grad()
@@ -518,5 +362,5 @@ def test_autocast_trains_learned_weights_in_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = model(ids, labels=ids)
     out.loss.backward()
-    assert all(grad.dtype == torch.float32 for grad in gradients(model).values())
+    assert all(grad.dtype == torch.float32 for grad in named_gradients(model).values())
     torch.testing.assert_close(out.loss, model(ids, labels=ids).loss, rtol=0.03, atol=0.03)
