@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from model.cache_transnormer import TransnormerCache
 from model.configuration_transnormer import TransnormerConfig
+from model.masks_transnormer import register_mask
 from model.modeling_transnormer import TransnormerForCausalLM, TransnormerModel, TransnormerPreTrainedModel
 
 AutoConfig.register("transnormer", TransnormerConfig)
@@ -16,4 +17,5 @@ __all__ = [
     "TransnormerForCausalLM",
     "TransnormerModel",
     "TransnormerPreTrainedModel",
+    "register_mask",
 ]

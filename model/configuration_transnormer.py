@@ -6,6 +6,11 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .masks_transnormer import MaskFunction, find_mask, register_mask
+
+__all__ = ["TransnormerConfig", "register_mask"]
+
+ATTENTIONS = ("lightning", "masked")
 QK_NORMS = ("none", "l2")
 DECAYS = ("fixed", "learned", "none")
 
@@ -35,7 +40,14 @@ class TransnormerConfig(PreTrainedConfig):
         num_attention_heads: query heads H.
         num_key_value_heads: key/value heads G, a divisor of H; None means H.
         head_dim: width D of a head; None means hidden_size / num_attention_heads.
-        max_position_embeddings: tokens of a row in training: the default window of evaluation, no limit of the model.
+        max_position_embeddings: tokens of a row in training: the default window of evaluation, and of mask "learned",
+            no limit of the model.
+        attention: "lightning" is causal with decay, over a state of fixed size; "masked" weighs every pair of tokens by
+            `mask`, over all keys and values so far.
+        mask: weights of attention "masked": "decay", from `decay`, the same numbers as lightning attention; "learned",
+            for each layer and head max_position_embeddings numbers, one for each distance, starting at `decay`, and 0
+            from there on; or a function's name: "causal", all ones, and those of `register_mask`, which don't read
+            `decay`. The future, other documents and padding never have weight.
         qk_norm: "l2" divides q and k by their length, "none" leaves them.
         decay: slopes of the decay "fixed" (ALiBi, by layer), "learned" (starting there) or "none".
         lrpe_layers: indices of the layers with a linearized relative positional encoding.
@@ -43,7 +55,7 @@ class TransnormerConfig(PreTrainedConfig):
         tie_word_embeddings: one matrix for the embeddings and the head.
         initializer_range: standard deviation of the initial weights.
         rms_norm_eps: added to the mean square inside every norm.
-        use_cache: return the recurrent state from a forward pass outside training.
+        use_cache: return a cache from a forward pass outside training.
         bos_token_id, eos_token_id, pad_token_id: special ids.
 
     Raises:
@@ -61,6 +73,8 @@ class TransnormerConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     max_position_embeddings: int = 2048
+    attention: str = "lightning"
+    mask: str = "decay"
     qk_norm: str = "none"
     decay: str = "fixed"
     lrpe_layers: list[int] | tuple[int, ...] = (0,)
@@ -114,12 +128,30 @@ class TransnormerConfig(PreTrainedConfig):
                 f"num_key_value_heads: expected a divisor of num_attention_heads {self.num_attention_heads},"
                 f" got {self.num_key_value_heads}"
             )
-        for name, valid in (("qk_norm", QK_NORMS), ("decay", DECAYS)):
+        for name, valid in (("attention", ATTENTIONS), ("qk_norm", QK_NORMS), ("decay", DECAYS)):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}")
+        self._validate_mask()
         outside = [layer for layer in self.lrpe_layers if not 0 <= layer < self.num_hidden_layers]
         if outside:
             raise ValueError(f"lrpe_layers: expected layers from 0 to {self.num_hidden_layers - 1}, got {outside}")
         for name in ("initializer_range", "rms_norm_eps"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}")
+
+    def mask_function(self) -> MaskFunction | None:
+        """The registered function that `mask` names, or None for a mask that layers make.
+
+        A model asks its configuration: of code beside a checkpoint the library makes two copies, one for the
+        configuration and one for the model, and functions are registered with the first.
+        """
+        return find_mask(self.mask)
+
+    def _validate_mask(self) -> None:
+        find_mask(self.mask)
+        if self.attention != "masked" and self.mask != "decay":
+            raise ValueError(f"mask: expected attention 'masked' with {self.mask!r}, got attention {self.attention!r}")
+        if self.decay == "learned" and self.mask != "decay":
+            raise ValueError(
+                f"decay: expected fixed or none with mask {self.mask!r}, which learns no decay, got 'learned'"
+            )

@@ -1,167 +1,44 @@
-"""TransNormer: norm → lightning attention → GLU → layer → model → language model, in this order.
+"""TransNormer: GLU → layer → model → language model, in this order; norm and attention have a file of their own.
 
 Source: Qin et al. 2023, "TransNormerLLM: A Faster and Better Large Language Model with Improved TransNormer",
-arXiv:2307.14995. Dims: B batch, H query heads, G key/value heads, T tokens, D head width, C hidden size.
+arXiv:2307.14995. Dims: B batch, T tokens, C hidden size, V vocabulary.
 """
 
+import ast
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .cache_transnormer import RecurrentLayer, TransnormerCache, check_cache, next_positions
+from .attention_transnormer import (
+    ATTENTIONS,
+    Attention,
+    LinearizedRelativePosition,
+    SimpleRMSNorm,
+    flash_linear_attention,
+    lightning_attention,
+)
+from .cache_transnormer import KeyValueLayer, RecurrentLayer, TransnormerCache, check_cache, next_positions
 from .configuration_transnormer import TransnormerConfig
+from .masks_transnormer import Pairs, function_mask, pair_documents, pair_tokens
 from .packing_transnormer import Packing, from_attention_mask, from_cu_seqlens, from_position_ids
 
 try:  # in the repository the operators are a package; beside a checkpoint the same files lie flat
-    from ops.decay import layer_log_decay
-    from ops.lightning_attention import lightning_attention, lightning_attention_step
-    from ops.numerics import unit_length
+    from ops.numerics import autocast
+    from ops.validation import check_cu_seqlens
 except ImportError:
-    from .decay import layer_log_decay  # type: ignore[no-redef]
-    from .lightning_attention import lightning_attention, lightning_attention_step  # type: ignore[no-redef]
-    from .numerics import unit_length  # type: ignore[no-redef]
-
-
-class SimpleRMSNorm(nn.Module):
-    """`x / rms(x)` over the last dim, computed in float32, without weights."""
-
-    def __init__(self, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-
-
-class LinearizedRelativePosition(nn.Module):
-    """LRPE: `x → [x cos(θt), x sin(θt)]`, so that the product of q at t and k at s sees `cos(θ(t - s))`.
-
-    θ (H, 1, D) is learned, from `10000^(-2i / (H·D))` over all H·D channels. Source: Qin et al. 2023,
-    "Linearized Relative Positional Encoding", arXiv:2307.09270.
-    """
-
-    def __init__(self, num_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.theta = nn.Parameter(torch.empty(num_heads, 1, head_dim))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        channel = torch.arange(self.theta.numel(), device=self.theta.device, dtype=torch.float32)
-        init.copy_(self.theta, (10000 ** (-2 * channel / self.theta.numel())).view_as(self.theta))
-
-    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of θt for positions (B, T), in float32: (B, H, T, D)."""
-        angle = self.theta.float() * position_ids[:, None, :, None]
-        return angle.cos(), angle.sin()
-
-
-class LightningAttention(nn.Module):
-    """Projections, positional encoding, the operator, norm over the joined heads, gate, output projection."""
-
-    def __init__(self, config: TransnormerConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        assert config.head_dim is not None  # the configuration fills in both
-        assert config.num_key_value_heads is not None
-        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
-        query, key = self.num_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.widths = (query, key, key, query)  # q, k, v and the gate u
-        self.qkvu_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
-        self.out_proj = nn.Linear(query, config.hidden_size, bias=False)
-        self.norm = SimpleRMSNorm(config.rms_norm_eps)
-        uses_lrpe = layer_idx in config.lrpe_layers
-        self.lrpe = LinearizedRelativePosition(self.num_heads, self.head_dim) if uses_lrpe else None
-        if config.decay == "learned":
-            self.decay_log = nn.Parameter(torch.empty(self.num_heads))  # log(-log_decay), so that it stays ≤ 0
-            self.reset_decay()
-
-    @torch.no_grad()
-    def reset_decay(self) -> None:
-        init.copy_(self.decay_log, (-self.fixed_log_decay(self.decay_log.device)).log())
-
-    def fixed_log_decay(self, device: torch.device) -> Tensor:
-        """Made anew in every pass: a buffer would survive neither the meta device nor a cast of the module."""
-        return layer_log_decay(self.num_heads, self.layer_idx, self.config.num_hidden_layers, device)
-
-    def log_decay(self, device: torch.device) -> Tensor | None:
-        """Log-decay of each head, (H,) float32, or None without decay."""
-        if self.config.decay == "none":
-            return None
-        if self.config.decay == "learned":
-            return -self.decay_log.float().exp()
-        return self.fixed_log_decay(device)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_ids: Tensor,
-        packing: Packing | None = None,
-        cache: RecurrentLayer | None = None,
-    ) -> Tensor:
-        """hidden_states (B, T, C), position_ids (B, T); returns (B, T, C) and moves the cache on by T tokens."""
-        q, k, v, gate = self.qkvu_proj(hidden_states).split(self.widths, dim=-1)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))
-        q, k = F.silu(q), F.silu(k)  # (B, H, T, D), (B, G, T, D)
-        if self.lrpe is not None:
-            q, k = self._encode_positions(q, k, *self.lrpe(position_ids))
-        o = self.attend(q, k, v, packing, cache)  # (B, H, T, D)
-        o = self.norm(o.transpose(1, 2).flatten(2))  # (B, T, H·D)
-        return self.out_proj(o * gate)
-
-    @staticmethod
-    def _encode_positions(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """LRPE of q and k; k gets a copy for each query head, because θ differs between them: (B, H, T, 2D)."""
-        k = k.expand_as(q) if k.shape[1] == 1 else k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        q, k = (torch.cat([x * cos, x * sin], dim=-1).to(x.dtype) for x in (q, k))
-        return q, k
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, cache: RecurrentLayer | None) -> Tensor:
-        """The operator over one token, whole rows, or packed sequences; keeps the state in the cache."""
-        batch, tokens = q.shape[0], q.shape[2]
-        log_decay = self.log_decay(q.device)
-        qk_norm = self.config.qk_norm == "l2"
-        state = None if cache is None or cache.state is None else cache.state.to(q.device)
-        inputs = [x for x in (q, k, v, log_decay, state) if x is not None]
-        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        if cache is not None and state is not None and tokens == 1 and packing is None and not differentiable:
-            if qk_norm:
-                q, k = unit_length(q), unit_length(k)
-            o = lightning_attention_step(q, k, v, log_decay, state)
-            cache.store(state, tokens)
-            return o
-        if packing is not None:
-            q, k, v = packing.pack(q), packing.pack(k), packing.pack(v)
-            state = packing.pack_state(state)
-        o, state = lightning_attention(
-            q,
-            k,
-            v,
-            log_decay,
-            qk_norm=qk_norm,
-            initial_state=state,
-            output_final_state=True,
-            cu_seqlens=None if packing is None else packing.cu_seqlens,
-        )
-        if packing is not None:
-            o, state = packing.unpack(o, batch), packing.unpack_state(state)
-        if cache is not None:
-            cache.store(state, tokens)
-        return o
+    from .numerics import autocast  # type: ignore[no-redef]
+    from .validation import check_cu_seqlens  # type: ignore[no-redef]
 
 
 class GLU(nn.Module):
@@ -183,7 +60,7 @@ class TransnormerLayer(GradientCheckpointingLayer):
     def __init__(self, config: TransnormerConfig, layer_idx: int) -> None:
         super().__init__()
         self.token_norm = SimpleRMSNorm(config.rms_norm_eps)
-        self.token_mixer = LightningAttention(config, layer_idx)
+        self.token_mixer = ATTENTIONS[config.attention](config, layer_idx)
         self.channel_norm = SimpleRMSNorm(config.rms_norm_eps)
         self.channel_mixer = GLU(config)
 
@@ -191,10 +68,10 @@ class TransnormerLayer(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         position_ids: Tensor,
-        packing: Packing | None = None,
-        cache: RecurrentLayer | None = None,
+        layout: Packing | Pairs | None = None,
+        cache: RecurrentLayer | KeyValueLayer | None = None,
     ) -> Tensor:
-        hidden_states = hidden_states + self.token_mixer(self.token_norm(hidden_states), position_ids, packing, cache)
+        hidden_states = hidden_states + self.token_mixer(self.token_norm(hidden_states), position_ids, layout, cache)
         return hidden_states + self.channel_mixer(self.channel_norm(hidden_states))
 
 
@@ -207,17 +84,16 @@ class TransnormerPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _no_split_modules = ["TransnormerLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
-    _keep_in_fp32_modules_strict = {"decay_log", "theta"}
+    _keep_in_fp32_modules_strict = {"decay_log", "mask_weights", "theta"}
+    no_weight_decay = {"mask_weights"}
     _supports_context_parallel = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, LinearizedRelativePosition):
+        elif isinstance(module, LinearizedRelativePosition | Attention):
             module.reset_parameters()
-        elif isinstance(module, LightningAttention) and self.config.decay == "learned":
-            module.reset_decay()
 
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
         """As in transformers, with the source files of model and operators beside the weights.
@@ -280,7 +156,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        check_cache(past_key_values)
+        check_cache(past_key_values, self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         hidden_states = inputs_embeds * self.embed_scale  # (B, T, C)
@@ -296,6 +172,9 @@ class TransnormerModel(TransnormerPreTrainedModel):
             past_key_values = TransnormerCache(self.config)
         if past_key_values is not None and self.gradient_checkpointing and self.training:
             raise ValueError("use_cache: expected False with gradient checkpointing, which runs a layer twice")
+        layout: Packing | Pairs | None = packing
+        if self.config.attention == "masked":
+            layout = self._pairs(hidden_states, valid, documents, past_key_values)
         if valid is None:
             valid = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
         counted = next_positions(past_key_values, valid)
@@ -307,7 +186,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
         )
         for i, layer in enumerate(self.layers):
             cache = None if past_key_values is None else past_key_values.layers[i]
-            hidden_states = layer(hidden_states, position_ids, packing, cache)
+            hidden_states = layer(hidden_states, position_ids, layout, cache)
             if states is not None and i < len(self.layers) - 1:
                 states += (hidden_states,)
         hidden_states = self.norm(hidden_states)
@@ -340,6 +219,30 @@ class TransnormerModel(TransnormerPreTrainedModel):
             # Reads values, which breaks a compiled graph in two; bounds of documents don't.
             return from_position_ids(position_ids.expand(hidden_states.shape[:2]))
         return None
+
+    def _pairs(
+        self, hidden_states: Tensor, valid: Tensor | None, documents: Packing | None, cache: TransnormerCache | None
+    ) -> Pairs:
+        """Pairs of new tokens and all so far, with the mask of all layers where it is one."""
+        batch, tokens = hidden_states.shape[:2]
+        if documents is not None:
+            check_cu_seqlens(documents.cu_seqlens, hidden_states.flatten(0, 1)[None, None])  # (1, 1, B·T, C)
+            pairs = pair_documents(documents, batch, tokens)
+        else:
+            total = tokens if cache is None else cache.get_seq_length() + tokens
+            valid = valid if cache is None else cache.extend_valid(valid, batch, tokens)
+            pairs = pair_tokens(tokens, total, hidden_states.device, valid)
+        return pairs._replace(mask=self._mask_of_all_layers(pairs, hidden_states))
+
+    def _mask_of_all_layers(self, pairs: Pairs, hidden_states: Tensor) -> Tensor | None:
+        config = self.config
+        if config.mask == "decay" and config.decay == "none":
+            return pairs.allowed
+        function = config.mask_function()
+        if function is None:
+            return None
+        mask = function_mask(config.mask, function, pairs, hidden_states.shape[0], config.num_attention_heads)
+        return mask if mask.dtype == torch.bool else autocast(hidden_states, mask.to(hidden_states.dtype))[1]
 
 
 class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
@@ -406,24 +309,34 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """The library's hook before generation: its own caches hold keys and values, ours a state."""
+        """The library's hook before generation: its own caches don't know our layers."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
                 f"cache_implementation: expected None, got {generation_config.cache_implementation!r}:"
                 " a TransNormer has one kind of cache"
             )
-        check_cache(model_kwargs.get("past_key_values"))
+        check_cache(model_kwargs.get("past_key_values"), self.config)
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
             model_kwargs["past_key_values"] = TransnormerCache(self.config)
 
 
 def source_files() -> list[Path]:
     """Every file of ours that the model imports, to lie flat beside a checkpoint."""
-    here = Path(__file__)
-    operators = Path(sys.modules[lightning_attention.__module__].__file__ or "")
-    found = [here, *here.parent.glob("*_transnormer.py"), operators]
-    found += [Path(file) for file in get_relative_import_files(operators)]
-    return sorted(set(found))
+    found: set[Path] = set()
+    operators = {Path(sys.modules[f.__module__].__file__ or "") for f in (lightning_attention, flash_linear_attention)}
+    unread = {*Path(__file__).parent.glob("*_transnormer.py"), *operators}
+    while unread:
+        found |= unread
+        unread = {other for file in unread for other in _imported_beside(file)} - found
+    return sorted(found)
+
+
+def _imported_beside(file: Path) -> Iterator[Path]:
+    """Files of the same folder that a file imports, as `from .name import …` or `from . import name`."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from (path for name in names if (path := file.parent / f"{name}.py").is_file())
 
 
 def _valid_tokens(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:

@@ -30,11 +30,15 @@ class Packing(NamedTuple):
         x = x[0] if self.order is None else torch.empty_like(x[0]).index_copy_(1, self.order, x[0])
         return x.unflatten(1, (batch, -1)).transpose(0, 1)
 
+    def documents(self, tokens: int) -> Tensor:
+        """Index of the document of each token, of packed documents that lie in order: (1, T)."""
+        place = torch.arange(tokens, dtype=torch.int32, device=self.cu_seqlens.device)
+        return (torch.searchsorted(self.cu_seqlens, place, right=True) - 1)[None]
+
     def positions(self, tokens: int) -> Tensor:
         """Positions of packed documents that lie in order, each from zero: (1, T)."""
         place = torch.arange(tokens, dtype=torch.int32, device=self.cu_seqlens.device)
-        document = torch.searchsorted(self.cu_seqlens, place, right=True) - 1
-        return (place - self.cu_seqlens[document])[None]
+        return place - self.cu_seqlens[self.documents(tokens)]
 
     def pack_state(self, state: Tensor | None) -> Tensor | None:
         """States of the rows to states of the sequences: padding starts from zero."""

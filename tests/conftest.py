@@ -65,3 +65,15 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.set_deterministic_debug_mode(mode)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def mask_registry() -> Iterator[None]:
+    """The mask "shapes", other in each head; what a test registers is gone after it."""
+    from model import masks_transnormer, register_mask
+
+    before = dict(masks_transnormer._FUNCTIONS)
+    register_mask("shapes", lambda batch, head, query, key: 1 / (1 + head + (query - key).abs() % 5))
+    yield
+    masks_transnormer._FUNCTIONS.clear()
+    masks_transnormer._FUNCTIONS.update(before)

@@ -28,6 +28,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 all_variants = pytest.mark.parametrize("variant", VARIANTS)
 some_variants = pytest.mark.parametrize("variant", ["mha-lrpe-fixed", "gqa-l2-learned-tied", "gqa-lrpe-none"])
 
+# The same for masked attention, each source of weights once; "shapes" is registered by the fixture `mask_registry`.
+MASKS: dict[str, dict[str, Any]] = {
+    "decay": {"mask": "decay", "num_key_value_heads": 2, "qk_norm": "l2", "decay": "learned"},
+    "no-decay": {"mask": "decay", "decay": "none", "num_key_value_heads": 1, "lrpe_layers": [0, 1]},
+    "learned": {"mask": "learned", "max_position_embeddings": 9, "num_key_value_heads": 2},
+    "causal": {"mask": "causal", "qk_norm": "l2", "lrpe_layers": []},
+    "shapes": {"mask": "shapes", "qk_norm": "l2"},
+}
+every_mask = pytest.mark.parametrize("mask", MASKS)
+
+PADDING = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 0, 1], [1] * 12, [0] * 8 + [1] * 4])
+
 
 def tiny_config(variant: str = "mha-lrpe-fixed", **changes: Any) -> TransnormerConfig:
     """A configuration of some 30 thousand parameters, with weights wide enough that every part of it matters."""
@@ -51,6 +63,23 @@ def tiny_model(
     """A model in evaluation mode whose weights depend on nothing but the configuration."""
     torch.manual_seed(0)
     return TransnormerForCausalLM(tiny_config(variant, **changes)).eval().to(device)
+
+
+def masked_model(mask: str, **changes: Any) -> TransnormerForCausalLM:
+    """A tiny model of masked attention whose learned weights are no decay."""
+    model = tiny_model(attention="masked", **(MASKS[mask] | changes))
+    generator = torch.Generator().manual_seed(5)
+    for name, x in model.named_parameters():
+        if name.endswith("mask_weights"):
+            x.data += 0.3 * torch.randn(x.shape, generator=generator)
+    return model
+
+
+def named_gradients(model: TransnormerForCausalLM) -> dict[str, Tensor]:
+    """Gradients of all parameters; each has one, and it is finite."""
+    grads = {name: x.grad for name, x in model.named_parameters()}
+    assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
+    return grads  # type: ignore[return-value]
 
 
 def random_ids(*shape: int, seed: int = 1, device: torch.device | str = "cpu") -> Tensor:

@@ -30,6 +30,10 @@ WRONG = [
     ("num_key_value_heads", 8, ValueError, "num_key_value_heads: expected a divisor of num_attention_heads 4, got 8"),
     ("head_dim", 0, ValueError, "head_dim: expected a whole number from 1, got 0"),
     ("max_position_embeddings", 0, ValueError, "max_position_embeddings: expected a whole number from 1, got 0"),
+    ("attention", "softmax", ValueError, "attention: expected one of lightning, masked, got 'softmax'"),
+    ("mask", "window", ValueError, "mask: expected one of decay, learned, causal"),
+    ("mask", "learned", ValueError, "mask: expected attention 'masked' with 'learned', got attention 'lightning'"),
+    ("mask", None, TypeError, "mask"),
     ("qk_norm", "l1", ValueError, "qk_norm: expected one of none, l2, got 'l1'"),
     ("qk_norm", True, TypeError, "qk_norm"),
     ("decay", "alibi", ValueError, "decay: expected one of fixed, learned, none, got 'alibi'"),
@@ -57,6 +61,8 @@ CHANGES: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "head_dim": 12,
+    "attention": "masked",
+    "mask": "causal",
     "qk_norm": "l2",
     "decay": "none",
     "lrpe_layers": [1],
@@ -119,6 +125,10 @@ def test_every_field_of_ours_is_in_the_table() -> None:
     assert set(TransnormerConfig.__annotations__) - tokens - window - {"model_type"} == set(CHANGES)
 
 
+# What a field has a meaning with.
+BESIDE: dict[str, dict[str, Any]] = {"mask": {"attention": "masked"}}
+
+
 @pytest.mark.parametrize("field", CHANGES)
 def test_every_field_changes_something(field: str) -> None:
     def outcome(**changes: Any) -> tuple[dict[str, Any], Any]:
@@ -126,9 +136,12 @@ def test_every_field_changes_something(field: str) -> None:
         with torch.no_grad():
             out = model(random_ids(1, 7))
         shapes = {name: tuple(x.shape) for name, x in model.named_parameters()}
-        return shapes, (out.past_key_values is None, out.logits)
+        cached = out.past_key_values and type(out.past_key_values.layers[0])
+        return shapes, (cached, out.logits)
 
-    (shapes, (cached, logits)), (other_shapes, (other_cached, other)) = outcome(), outcome(**{field: CHANGES[field]})
+    beside = BESIDE.get(field, {})
+    shapes, (cached, logits) = outcome(**beside)
+    other_shapes, (other_cached, other) = outcome(**beside, **{field: CHANGES[field]})
     assert shapes != other_shapes or cached != other_cached or not torch.allclose(logits, other, atol=1e-3)
 
 

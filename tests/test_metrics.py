@@ -134,6 +134,8 @@ def shape(**changes: object) -> SimpleNamespace:
         "head_dim": None,
         "vocab_size": 100,
         "lrpe_layers": [],
+        "attention": "lightning",
+        "max_position_embeddings": 50,
     }
     return SimpleNamespace(**{**values, **changes})
 
@@ -146,6 +148,10 @@ def test_flops_are_those_counted_by_hand() -> None:
     assert flops_per_token(shape(num_key_value_heads=1)) == 3 * one_key_head
     assert flops_per_token(shape(lrpe_layers=[0, 2])) == 3 * (forward + 2 * 128)
     assert flops_per_token(shape(head_dim=4, num_key_value_heads=2)) == 3 * forward
+    # In place of the state 50 scores and 50 weighed values a head, of width 4.
+    masked = 2 * (3 * (5 * 64 + 3 * 96) + 800) + 3 * 2 * (2 * 4 * 50 + 2 * 4 * 50)
+    assert flops_per_token(shape(attention="masked")) == 3 * masked
+    assert flops_per_token(shape(attention="masked", lrpe_layers=[1])) == 3 * (masked + 2 * 2 * 4 * 50)
 
 
 def test_flops_of_a_large_model_are_near_six_times_its_weights() -> None:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
+from model import TransnormerForCausalLM, register_mask
+
 # Runs with `python -I`, so the repository is not on the path; hiding the names covers an editable install as well.
 STRANGER = '''
 import importlib.util
@@ -70,8 +72,20 @@ assert all(name.startswith("transformers_modules.") for name in modules), module
 save_file({name: x.contiguous() for name, x in found.items()}, "found.safetensors")
 '''
 
+# Appended to it: a function for a checkpoint's mask is registered with that checkpoint's code.
+REGISTERING = """
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+register_mask = get_class_from_dynamic_module("configuration_transnormer.register_mask", "wave")
+register_mask("wave", lambda batch, head, query, key: torch.cos(head + query - key))
+model = AutoModelForCausalLM.from_pretrained("wave", trust_remote_code=True)
+save_file({"logits": model(ids).logits.detach()}, "wave.safetensors")
+"""
+
 VARIANTS = ["mha-lrpe-fixed", "gqa-l2-learned-tied"]
 CODE = {
+    "attention_transnormer.py",
+    "blockwise.py",
     "cache_transnormer.py",
     "chunkwise.py",
     "configuration_transnormer.py",
@@ -81,6 +95,8 @@ CODE = {
     "kernels.py",
     "lightning_cuda.py",
     "lightning_wide.py",
+    "linear_attention.py",
+    "masks_transnormer.py",
     "modeling_transnormer.py",
     "numerics.py",
     "packing_transnormer.py",
@@ -97,15 +113,19 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     checkpoints = [folder / str(i) / "model" for i in range(len(VARIANTS))]  # every run names its folder alike
     for variant, checkpoint in zip(VARIANTS, checkpoints, strict=True):
         tiny_model(variant).save_pretrained(checkpoint)
+    run_stranger(STRANGER, folder, checkpoints)
+    return folder, load_file(folder / "found.safetensors")
+
+
+def run_stranger(script: str, folder: Path, checkpoints: list[Path]) -> None:
     run = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, json.dumps([IDS.tolist(), *map(str, checkpoints)])],
+        [sys.executable, "-I", "-c", script, json.dumps([IDS.tolist(), *map(str, checkpoints)])],
         cwd=folder,
         env=os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    return folder, load_file(folder / "found.safetensors")
 
 
 def test_a_checkpoint_holds_every_file_it_needs(tmp_path: Path) -> None:
@@ -131,7 +151,24 @@ def test_an_upload_without_the_code_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("i", range(len(VARIANTS)))
 def test_a_stranger_computes_the_same_bits(i: int, stranger: tuple[Path, dict[str, Tensor]]) -> None:
     _, found = stranger
-    model = tiny_model(VARIANTS[i])
+    assert_found(found, i, tiny_model(VARIANTS[i]))
+
+
+def test_a_stranger_computes_masked_attention_and_registers_a_mask(tmp_path: Path) -> None:
+    register_mask("wave", lambda batch, head, query, key: torch.cos(head + query - key))
+    learned, wave = (
+        tiny_model("gqa-lrpe-none", attention="masked", mask=mask, max_position_embeddings=15)
+        for mask in ("learned", "wave")
+    )
+    learned.save_pretrained(tmp_path / "learned")
+    wave.save_pretrained(tmp_path / "wave")
+    run_stranger(STRANGER + REGISTERING, tmp_path, [tmp_path / "learned"])
+    assert_found(load_file(tmp_path / "found.safetensors"), 0, learned)
+    assert torch.equal(load_file(tmp_path / "wave.safetensors")["logits"], wave(IDS).logits)
+
+
+def assert_found(found: dict[str, Tensor], i: int, model: TransnormerForCausalLM) -> None:
+    """What a stranger found for checkpoint i are the bits of a model here."""
     out = model(IDS, labels=IDS)
     out.loss.backward()
     mask = torch.ones_like(IDS)

@@ -258,12 +258,23 @@ def test_two_processes_do_not_change_the_update(arguments, tmp_path):
         "--model.decay=learned",
         "--optim.schedule=wsd",
         "--model.num_key_value_heads=1",
+        "--model.attention=masked",
     ],
 )
 def test_options_train(arguments, tmp_path, option):
     assert run(arguments, tmp_path / "run", option, "--training.steps=12") == 0
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert losses[-1] < losses[0] - 0.3
+
+
+def test_a_learned_mask_trains(arguments, tmp_path):
+    options = ["--model.attention=masked", "--model.mask=learned", "--training.gradient_checkpointing=true"]
+    assert run(arguments, tmp_path / "run", *options, "--training.steps=12") == 0
+    losses = [line["loss"] for line in metrics(tmp_path / "run")]
+    assert losses[-1] < losses[0] - 0.3
+    learned = [x for name, x in weights(tmp_path / "run", 12).items() if name.endswith("mask_weights")]
+    assert len(learned) == 2
+    assert all((x[:, 0] != 1).all() for x in learned)  # where the decay begins
 
 
 @pytest.mark.parametrize("option", ["--training.gradient_checkpointing=true", "--training.compile=true"])
@@ -295,6 +306,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(arguments, tmp_path, 
             "model.head_dim: hidden_size 32 is not a multiple of num_attention_heads 5",
         ),
         ("--model.lrpe_layers=[7]", 2, "lrpe_layers: expected layers from 0 to 1, got [7]"),
+        (
+            "--model.mask=learned",
+            2,
+            "model.mask: expected attention 'masked' with 'learned', got attention 'lightning'",
+        ),
         ("--training.micro_batch_size=3", 2, "training.micro_batch_size: expected a divisor of 4"),
         ("--training.precision=fp16", 2, "training.precision: expected fp32 or bf16 on a CPU, got fp16"),
         ("--tracking.wandb=online", 2, "no API key"),

@@ -27,6 +27,9 @@ class ModelConfig:
         num_attention_heads: query heads H.
         num_key_value_heads: key/value heads G, a divisor of H; null means H.
         head_dim: width D of a head; null means hidden_size / num_attention_heads.
+        attention: "lightning", causal with decay and linear in the length, or "masked", every pair weighed by `mask`.
+        mask: weights of attention "masked": "decay", "learned" (by distance, starting at the decay), "causal" (ones),
+            or the name of a function that `model.register_mask` was given.
         qk_norm: divide q and k by their length ("l2") or not ("none").
         decay: slopes of the decay "fixed" (ALiBi), "learned" (starting there) or "none".
         lrpe_layers: indices of the layers with a linearized relative positional encoding.
@@ -42,6 +45,8 @@ class ModelConfig:
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None
     head_dim: int | None = None
+    attention: Literal["lightning", "masked"] = "lightning"
+    mask: str = "decay"
     qk_norm: Literal["none", "l2"] = "none"
     decay: Literal["fixed", "learned", "none"] = "fixed"
     lrpe_layers: list[int] = field(default_factory=lambda: [0])

@@ -144,6 +144,8 @@ class ModelShape(Protocol):
     head_dim: int | None
     vocab_size: int
     lrpe_layers: list[int]
+    attention: str
+    max_position_embeddings: int
 
 
 def flops_per_token(config: ModelShape) -> float:
@@ -153,7 +155,8 @@ def flops_per_token(config: ModelShape) -> float:
     width D, and R layers with LRPE, which doubles the width of keys in the state:
 
         2 · (L · (C·(2·H + 2·G)·D + H·D·C + 3·C·I) + C·V)  weights of q and u, k and v, output, GLU, head
-        + 4 · H · D · D · (L + R)                         state update and read-out
+        + 4 · H · D · D · (L + R)                         state update and read-out, or with masked attention
+        + 2 · H · D · T · (2 · L + R)                     scores and weighed values of rows of T tokens
 
     Looking up embeddings is free. The products inside a chunk are not counted: they depend on the chunk size of the
     implementation, not on the model. Neither is recomputation by gradient checkpointing.
@@ -164,8 +167,12 @@ def flops_per_token(config: ModelShape) -> float:
     attention = hidden * (2 * heads + 2 * groups) * width + heads * width * hidden
     glu = 3 * hidden * config.intermediate_size
     weights = config.num_hidden_layers * (attention + glu) + hidden * config.vocab_size
-    state = 4 * heads * width * width * (config.num_hidden_layers + len(set(config.lrpe_layers)))
-    return 3.0 * (2 * weights + state)
+    layers, doubled = config.num_hidden_layers, len(set(config.lrpe_layers))
+    if config.attention == "masked":
+        mixing = 2 * heads * width * config.max_position_embeddings * (2 * layers + doubled)
+    else:
+        mixing = 4 * heads * width * width * (layers + doubled)
+    return 3.0 * (2 * weights + mixing)
 
 
 # Nominal TFLOP/s without sparsity as (fp32 outside tensor cores, fp16, bf16); None: no such units. Tensor-core figures

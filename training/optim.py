@@ -12,17 +12,19 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Split the trained parameters of a model into those that decay, the matrices, and the rest.
 
     Args:
-        model: its tied parameters count once, frozen ones not at all.
+        model: its tied parameters count once, frozen ones not at all; those whose last name is in its
+            `no_weight_decay`, if it has one, are no matrices.
         weight_decay: decoupled decay of the matrices, per unit of learning rate.
 
     Returns:
         The non-empty groups, in a form that torch optimizers take.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim == 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim != 2], "weight_decay": 0.0},
-    ]
+    spared: set[str] = getattr(model, "no_weight_decay", set())
+    groups: list[dict] = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            matrix = parameter.ndim == 2 and name.rpartition(".")[2] not in spared
+            groups[0 if matrix else 1]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 
