@@ -90,6 +90,9 @@ void fill_mask(MaskedScoresParams& p, const Tensor& mask, const Operands& of, Wi
   p.mask.batch = mask.size(0) == 1 ? 0 : mask.stride(0), p.mask.head = mask.size(1) == 1 ? 0 : mask.stride(1);
   p.mask.row = mask.stride(2), p.mask.column = mask.stride(3);
   p.mask.type = type == ScalarType::Bool ? MaskType::kBool : of.parts == 1 ? MaskType::kTwoBytes : MaskType::kFloat32;
+  const auto even = [](int64_t x) { return x % 2 == 0; };
+  p.mask.in_pairs = p.mask.column == 1 && even(p.keys) && even(p.mask.row) && even(p.mask.head) && even(p.mask.batch) &&
+                    reinterpret_cast<uintptr_t>(p.mask.data) % (2 * mask.element_size()) == 0;
   p.has_boxes = p.mask.type == MaskType::kTwoBytes && fits_boxes(mask);
   if (p.has_boxes) p.mask_boxes = tiled(mask, "mask", of.heads, kColumns, tile.rows);
 }
