@@ -143,6 +143,7 @@ struct ScoresMaker : PartsConsumer<T> {
       }
       from += right, columns -= 8;
       asm volatile("" : "+l"(from), "+r"(columns)::"memory");  // made ahead, addresses would fill the registers
+      __builtin_assume(__isGlobal(from));
     }
   }
 };

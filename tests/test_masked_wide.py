@@ -230,7 +230,7 @@ def test_what_is_not_finite_stays_in_its_row(parts: int, device: torch.device) -
     [
         ({"mask": torch.float32}, "mask: expected bool or the type of the others"),
         ({"k": torch.float16}, "k, p: expected the type of the others"),
-        ({"parts": 3}, "expected contiguous, of whole parts"),
+        ({"parts": 3}, "mask: expected bool or float32"),
     ],
     ids=["mask", "type", "parts"],
 )
