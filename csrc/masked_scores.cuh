@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "element.cuh"
 #include "masked_wide.h"
 #include "parts.cuh"
 
@@ -109,14 +110,36 @@ struct ScoresMaker : PartsConsumer<T> {
   __device__ void weigh_by(const ScoresUnit<T>& unit) {
     const Lane at;
     const MaskView& mask = p.mask;
-    const int row = p.slab.row + unit.row + this->group * 64 + at.row, key = p.slab.key + unit.column + at.pair;
+    const int row = unit.row + this->group * 64 + at.row, column = unit.column + at.pair;
     const Value* from = static_cast<const Value*>(mask.data) + unit.batch * mask.batch + unit.head * mask.head +
-                        row * mask.row + key * mask.column;
+                        (p.slab.row + row) * mask.row + (p.slab.key + column) * mask.column;
+    const int rows = p.queries - p.slab.row - row, columns = p.keys - p.slab.key - column;
+    if (mask.in_pairs)
+      weigh_pairs(from, 8, rows, columns, [](const Value* at, bool first, bool) {
+        return first ? *reinterpret_cast<const Pack<Value, 2>*>(at) : Pack<Value, 2>{};
+      });
+    else
+      weigh_pairs(from, 8 * mask.column, rows, columns, [&](const Value* at, bool first, bool second) {
+        return Pack<Value, 2>{first ? at[0] : Value(0), second ? at[mask.column] : Value(0)};
+      });
+  }
+  // pair_of(where, whether the first and the second of two neighbours count): their values. `right`: to those 8 columns
+  // on.
+  template <class Value, class PairOf>
+  __device__ void weigh_pairs(const Value* from, int64_t right, int rows, int columns, PairOf pair_of) {
 #pragma unroll
-    for (int x = 0; x < T::kN / 2; ++x) {
-      const int below = x / 2 % 2 * 8, right = x / 4 * 8 + x % 2;
-      const bool inside = row + below < p.queries && key + right < p.keys;
-      this->acc[x] = inside ? this->acc[x] * float(from[below * mask.row + right * mask.column]) : 0.f;
+    for (int x = 0; x < T::kN / 2; x += 4) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const bool first = i * 8 < rows && 0 < columns, second = i * 8 < rows && 1 < columns;
+        const Pack<Value, 2> pair = pair_of(from + i * 8 * p.mask.row, first, second);
+        float* values = &this->acc[x + i * 2];
+        values[0] = first ? values[0] * float(pair.values[0]) : 0.f;
+        values[1] = second ? values[1] * float(pair.values[1]) : 0.f;
+      }
+      from += right, columns -= 8;
+      asm volatile("" : "+l"(from), "+r"(columns)::"memory");  // made ahead, addresses would fill the registers
+      __builtin_assume(__isGlobal(from));
     }
   }
 };

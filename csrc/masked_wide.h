@@ -18,6 +18,7 @@ struct MaskView {
   const void* data;
   int64_t batch, head, row, column;
   MaskType type;
+  int in_pairs;  // whether two neighbours of a row, the first one even, are adjacent, aligned, and both there
 };
 
 // out = (rows columnsᵀ) ⊙ mask

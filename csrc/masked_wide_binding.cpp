@@ -92,6 +92,9 @@ void fill_mask(MaskedScoresParams& p, const Tensor& mask, const Operands& of, Wi
   p.mask.type = type == ScalarType::Bool    ? MaskType::kBool
                 : type == ScalarType::Float ? MaskType::kFloat32
                                             : MaskType::kTwoBytes;
+  const auto even = [](int64_t x) { return x % 2 == 0; };
+  p.mask.in_pairs = p.mask.column == 1 && even(p.keys) && even(p.mask.row) && even(p.mask.head) && even(p.mask.batch) &&
+                    reinterpret_cast<uintptr_t>(p.mask.data) % (2 * mask.element_size()) == 0;
   p.has_boxes = p.mask.type == MaskType::kTwoBytes && fits_boxes(mask);
   if (p.has_boxes) p.mask_boxes = tiled(mask, "mask", of.heads, kColumns, tile.rows);
 }

@@ -1,4 +1,4 @@
-"""Masked attention of wide heads by the CUDA kernels, and the mask's gradient: shapes, masks, slabs, parts; the plan."""
+"""Masked attention of wide heads by the CUDA kernels, and the mask's gradient: shapes, masks, slabs, parts; a plan."""
 
 import itertools
 import math
@@ -222,6 +222,24 @@ def test_what_is_not_finite_stays_in_its_row(parts: int, device: torch.device) -
     assert actual["o"][~others].isnan().all()
     assert torch.equal(actual["o"][others], clean["o"][others])
     assert torch.equal(actual["gradient of q"], clean["gradient of q"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"mask": torch.float32}, "mask: expected bool or the type of the others"),
+        ({"k": torch.float16}, "k, p: expected the type of the others"),
+        ({"parts": 3}, "mask: expected bool or float32"),
+    ],
+    ids=["mask", "type", "parts"],
+)
+def test_bad_arguments_are_refused(changed: dict[str, Any], said: str, device: torch.device) -> None:
+    tensors = arguments(MaskedCase(64, 64, D=136, E=136, H=4, Gk=4, Gv=4), device, torch.bfloat16)
+    for name in changed.keys() - {"parts"}:
+        tensors[name] = tensors[name].to(changed[name])
+    with pytest.raises(RuntimeError, match=said):
+        masked_wide.forward(*(tensors[name] for name in ("q", "k", "v", "mask")), changed.get("parts", 0))
 
 
 @pytest.mark.parametrize("limit", [1, 2**16, 2**20, 2**24])
