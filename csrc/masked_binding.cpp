@@ -130,6 +130,9 @@ void prepare_mask(const Tensor& mask, const std::optional<Tensor>& copy, const s
     CHECK(copy->is_contiguous(), "copy: expected contiguous");
     p.copy = copy->data_ptr();
   }
+  p.in_pieces = !copy && p.column_stride == 1 && reinterpret_cast<uintptr_t>(p.mask) % 16 == 0;
+  for (const int64_t stride : {p.batch_stride, p.head_stride, p.row_stride})
+    p.in_pieces = p.in_pieces && stride * mask.element_size() % 16 == 0;
   const int64_t rows = (p.rows + kMaskTile - 1) / kMaskTile, columns = (p.columns + kMaskTile - 1) / kMaskTile;
   if (used) {
     check_same(*used, "used", ScalarType::Byte, mask);

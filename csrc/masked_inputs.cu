@@ -24,6 +24,13 @@ __device__ inline To weight_of(To x) {
   return x;
 }
 
+// The same of 16 neighbouring bytes.
+template <class Element>
+__device__ inline bool any_used(const uint4& x) {
+  constexpr uint32_t kNotSigns = sizeof(Element) == 4 ? 0x7FFFFFFFu : 0x7FFF7FFFu;
+  return ((x.x | x.y | x.z | x.w) & kNotSigns) != 0;
+}
+
 template <class Of, class To>
 __global__ void __launch_bounds__(kThreads) mask_kernel(const __grid_constant__ MaskParams p) {
   const int tiles = (p.columns + kMaskTile - 1) / kMaskTile, row_tiles = (p.rows + kMaskTile - 1) / kMaskTile;
@@ -32,8 +39,14 @@ __global__ void __launch_bounds__(kThreads) mask_kernel(const __grid_constant__ 
   const Of* from = static_cast<const Of*>(p.mask) + entry / p.heads * p.batch_stride + entry % p.heads * p.head_stride;
   To* to = static_cast<To*>(p.copy) + entry * p.rows * p.width;
   bool used = false;
+  constexpr int kPiece = 16 / sizeof(Of), kPieces = kMaskTile / kPiece;
+  const bool whole = p.in_pieces && first_row + kMaskTile <= p.rows && first_column + kMaskTile <= p.columns;
+#pragma unroll
+  for (int i = threadIdx.x; i < kMaskTile * kPieces && whole; i += kThreads)
+    used |= any_used<Of>(*reinterpret_cast<const uint4*>(from + (first_row + i / kPieces) * p.row_stride +
+                                                         first_column + i % kPieces * kPiece));
 #pragma unroll 4
-  for (int i = threadIdx.x; i < kMaskTile * kMaskTile; i += kThreads) {
+  for (int i = threadIdx.x; i < kMaskTile * kMaskTile && !whole; i += kThreads) {
     const int row = first_row + i / kMaskTile, column = first_column + i % kMaskTile;
     if (row >= p.rows || column >= p.columns) continue;
     const Of weight = from[row * p.row_stride + column * p.column_stride];

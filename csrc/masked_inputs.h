@@ -12,6 +12,7 @@ struct MaskParams {
   int64_t entries;  // B or 1 times H or 1
   void* copy;       // (entries, rows, width); may be null
   int width;
+  int in_pieces;  // whether there is no copy, and rows are made of 16 bytes that may be read at once
   uint8_t* used;  // (entries, tiles of rows, tiles of columns), MaskedParams; may be null
 };
 // `of` 1 byte (bool), 2 or 4 bytes; the copy has the type `to`.
