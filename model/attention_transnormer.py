@@ -22,8 +22,6 @@ try:  # in the repository the operators are a package; beside a checkpoint the s
     from ops.linear_attention import flash_linear_attention
     from ops.numerics import unit_length
 except ImportError:
-    # The library finds the files of a checkpoint by lines of this form, and `from . import` is none.
-    from .blockwise import normal_forward as _  # noqa: F401
     from .decay import layer_log_decay, powers  # type: ignore[no-redef]
     from .lightning_attention import lightning_attention, lightning_attention_step  # type: ignore[no-redef]
     from .linear_attention import flash_linear_attention  # type: ignore[no-redef]

@@ -6,7 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blockwise, masked_cuda
+from .blockwise import (
+    block_backward,
+    block_forward,
+    inplace_backward,
+    inplace_forward,
+    linear_backward,
+    linear_forward,
+    normal_backward,
+    normal_forward,
+    split_backward,
+    split_forward,
+)
+from .masked_cuda import backward as kernels_backward
+from .masked_cuda import forward as kernels_forward
 from .masked_cuda import unavailable_reason as cuda_unavailable_reason
 from .numerics import (
     autocast,
@@ -21,18 +34,19 @@ from .validation import check_choice, check_flag, check_mask, check_qkv, refuse_
 
 IMPLEMENTATIONS = ("auto", "normal", "split", "block", "inplace", "cuda")
 _AUTO = "inplace"
+_NAMESPACE = "".join(c if c.isalnum() else "_" for c in __name__)  # as that of lightning_attention.py
 # The most scores in a block, over all rows and heads, and its largest size: by measurement. A CPU wants the scores in
 # its cache, a GPU wants enough work in a launch.
 _LIMITS = {"cpu": (2**21, 512), "cuda": (2**26, 2048)}
 _FORWARD = {
-    "split": blockwise.split_forward,
-    "block": blockwise.block_forward,
-    "inplace": blockwise.inplace_forward,
+    "split": split_forward,
+    "block": block_forward,
+    "inplace": inplace_forward,
 }
 _BACKWARD = {
-    "split": blockwise.split_backward,
-    "block": blockwise.block_backward,
-    "inplace": blockwise.inplace_backward,
+    "split": split_backward,
+    "block": block_backward,
+    "inplace": inplace_backward,
 }
 
 
@@ -104,7 +118,7 @@ def _block_size(name: str, size: int | str) -> int | None:
     return min(size, torch.iinfo(torch.int64).max)
 
 
-@torch.library.custom_op("transnormer::masked_attention", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::masked_forward", mutates_args=())
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -116,14 +130,14 @@ def _forward(
     kv_block: int | None,
 ) -> Tensor:
     if mask is not None and _by_kernels(q, v, mask, implementation):
-        return masked_cuda.forward(q, k, v, mask, qk_norm)
+        return kernels_forward(q, k, v, mask, qk_norm)
     dtype = v.dtype
     q, k, v = _prepare(q, k, v, qk_norm)
     with no_autocast(q):
         if mask is None:
-            o = blockwise.linear_forward(q, k, v)
+            o = linear_forward(q, k, v)
         elif implementation not in _FORWARD or 0 in mask.shape:
-            o = blockwise.normal_forward(q, k, v, mask)
+            o = normal_forward(q, k, v, mask)
         else:
             o = _FORWARD[implementation](q, k, v, mask, *_block_sizes(q, k, q_block, kv_block))
     return o.to(dtype).contiguous()
@@ -134,7 +148,7 @@ def _(q, k, v, mask, qk_norm, implementation, q_block, kv_block):  # type: ignor
     return v.new_empty((*q.shape[:3], v.shape[3]))
 
 
-@torch.library.custom_op("transnormer::masked_attention_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::masked_backward", mutates_args=())
 def _backward(
     do: Tensor,
     q: Tensor,
@@ -149,15 +163,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and mask, (0,) for those that are not wanted."""
     if mask is not None and _by_kernels(q, v, mask, implementation):
-        grads = masked_cuda.backward(do, q, k, v, mask, qk_norm, wanted)
-        return _made(q, grads)
+        return _made(q, kernels_backward(do, q, k, v, mask, qk_norm, wanted))
     operands = _prepare(q, k, v, qk_norm)
     do, dmask_type = do.to(operands[0].dtype), mask.dtype if mask is not None and wanted[3] else None
     with no_autocast(q):
         if mask is None:
-            grads = blockwise.linear_backward(do, *operands)
+            grads = linear_backward(do, *operands)
         elif implementation not in _BACKWARD or 0 in mask.shape:
-            grads = blockwise.normal_backward(do, *operands, mask, dmask_type)
+            grads = normal_backward(do, *operands, mask, dmask_type)
         else:
             sizes = _block_sizes(q, k, q_block, kv_block)
             grads = _BACKWARD[implementation](do, *operands, mask, dmask_type, *sizes)
@@ -165,8 +178,8 @@ def _backward(
     if qk_norm:
         dq, dk = unit_length_backward(dq, q), unit_length_backward(dk, k)
     dq, dk, dv = (x.to(q.dtype).contiguous() for x in (dq, dk, dv))
-    grads = dq, dk, dv, grads[3]
-    return _made(q, [x if want else None for x, want in zip(grads, wanted, strict=True)])
+    made = dq, dk, dv, grads[3]
+    return _made(q, [x if want else None for x, want in zip(made, wanted, strict=True)])
 
 
 @_backward.register_fake

@@ -15,8 +15,11 @@ import math
 import torch
 from torch import Tensor
 
-from . import lightning_cuda, masked_wide
 from .kernels import for_kernel, multiprocessors, rows_contiguous, sum_groups, unit_length
+from .lightning_cuda import library_unavailable_reason
+from .masked_wide import backward as wide_backward
+from .masked_wide import forward as wide_forward
+from .masked_wide import mask_gradient
 
 MAX_WIDTH = 1024
 NARROW = 128  # the widest head for which a block keeps all of a row's output; of float32 half of it
@@ -33,7 +36,7 @@ def unavailable_reason(q: Tensor, v: Tensor) -> str | None:
         return f"q is {str(q.dtype)[6:]}, the kernels take float32, bfloat16 and float16"
     if max(q.shape[3], v.shape[3]) > MAX_WIDTH:
         return f"a head is {max(q.shape[3], v.shape[3])} wide, the kernels take up to {MAX_WIDTH}"
-    return lightning_cuda.library_unavailable_reason(q.device.index)
+    return library_unavailable_reason(q.device.index)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, qk_norm: bool) -> Tensor:
@@ -43,7 +46,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, qk_norm: bool) -> Ten
         q, k = unit_length(q), unit_length(k)
     operands = _Operands(q, k, v, mask)
     if operands.wide:
-        o = masked_wide.forward(operands.q, operands.k, operands.v, mask, operands.parts)
+        o = wide_forward(operands.q, operands.k, operands.v, mask, operands.parts)
     else:
         o = operands.attend(operands.q, operands.k, operands.v)
     return o[..., :width].contiguous()
@@ -59,7 +62,7 @@ def backward(
     operands = _Operands(q, k, v, mask, do)
     tensors = operands.do, operands.q, operands.k, operands.v
     if operands.wide:
-        grads = masked_wide.backward(*tensors, mask, operands.parts, wanted[:3])
+        grads = wide_backward(*tensors, mask, operands.parts, (wanted[0], wanted[1], wanted[2]))
     else:
         grads = _narrow_backward(operands, wanted)
     dq, dk, dv = (None if x is None else x[..., :width] for x, width in zip(grads, widths, strict=True))
@@ -67,7 +70,7 @@ def backward(
         dq, dk = (None if grad is None else unit_length(x, grad) for x, grad in ((given_q, dq), (given_k, dk)))
     dmask = None
     if wanted[3]:
-        dmask = masked_wide.mask_gradient(*tensors, mask, operands.parts, multiprocessors(q.device))
+        dmask = mask_gradient(*tensors, mask, operands.parts, multiprocessors(q.device))
     return [dq, dk, dv, dmask]
 
 

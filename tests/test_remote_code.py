@@ -96,6 +96,8 @@ CODE = {
     "lightning_cuda.py",
     "lightning_wide.py",
     "linear_attention.py",
+    "masked_cuda.py",
+    "masked_wide.py",
     "masks_transnormer.py",
     "modeling_transnormer.py",
     "numerics.py",
