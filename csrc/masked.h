@@ -31,20 +31,13 @@ constexpr int kPairsTogether = 32;  // rows of the batch and heads whose tiles a
 struct MaskedTile {
   int groups, columns;
 };
-constexpr MaskedTile masked_tile(int width, int problems, int parts, bool float_mask) {
-#ifndef ONE_G
-#define ONE_G 2
-#define ONE_N 128
-#define TWO_N 64
-#endif
-
-  if (width == 64 && parts == 1)
-    return problems == 1 ? (float_mask ? MaskedTile{3, 64} : MaskedTile{ONE_G, ONE_N})
-                         : MaskedTile{2, float_mask ? 64 : TWO_N};
-  return {2, 64};
+constexpr MaskedTile masked_tile(int width, int problems, int parts, bool tf32, bool float_mask) {
+  if (width > 64 || problems == 2 || parts > 1 || tf32) return {2, 64};
+  return float_mask ? MaskedTile{3, 64} : MaskedTile{2, 128};
 }
 
-// Heads no wider than `width`, 64 or 128; `parts`: 1 for the 2-byte types, and for float32 the bfloat16 parts of it.
+// Heads no wider than `width`, 64 or 128; of float32 64, as three bfloat16 parts or as `tf32`, with z transposed: (B,
+// heads, width, columns), each 8 columns in the order 0, 2, 4, 6, 1, 3, 5, 7.
 cudaError_t run_masked_bfloat16(MaskedParams& p, int width, bool float_mask, int multiprocessors, cudaStream_t stream);
 cudaError_t run_masked_float16(MaskedParams& p, int width, bool float_mask, int multiprocessors, cudaStream_t stream);
-cudaError_t run_masked_float32(MaskedParams& p, int parts, int multiprocessors, cudaStream_t stream);
+cudaError_t run_masked_float32(MaskedParams& p, bool tf32, int multiprocessors, cudaStream_t stream);

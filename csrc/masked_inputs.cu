@@ -1,4 +1,4 @@
-// One block for each 64 × 64 tile of a mask; one thread for each two values that are split.
+// One block for each 64 × 64 tile of a mask; one thread for each two values that are split; turning by tiles.
 #include "masked_inputs.h"
 
 #include <math_constants.h>
@@ -81,6 +81,30 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__
   }
 }
 
+// A block turns 64 tokens of 32 columns.
+constexpr int kTurnTokens = 64, kTurnColumns = 32;
+__global__ void __launch_bounds__(kThreads) turn_kernel(const __grid_constant__ TurnParams p) {
+  __shared__ float tile[kTurnColumns][kTurnTokens + 1];
+  const int across = (p.width + kTurnColumns - 1) / kTurnColumns, along = (p.padded + kTurnTokens - 1) / kTurnTokens;
+  const int first_column = blockIdx.x % across * kTurnColumns, first_token = blockIdx.x / across % along * kTurnTokens;
+  const int64_t pair = blockIdx.x / across / along;
+  const float* from = static_cast<const float*>(p.x.data) + pair / p.heads * p.x.batch + pair % p.heads * p.x.head;
+  for (int i = threadIdx.x; i < kTurnTokens * kTurnColumns; i += kThreads) {
+    const int token = first_token + i / kTurnColumns, column = first_column + i % kTurnColumns;
+    const bool inside = token < p.tokens && column < p.width;
+    tile[i % kTurnColumns][i / kTurnColumns] = inside ? from[token * p.x.token + column] : 0.f;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kTurnTokens * kTurnColumns; i += kThreads) {
+    const int place = i % kTurnTokens, row = i / kTurnTokens;
+    if (first_token + place >= p.padded || first_column + row >= p.width) continue;
+    const int token = place / 8 * 8 + place % 4 * 2 + place / 4 % 2;
+    uint32_t rounded;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(tile[row][token]));
+    p.out[(pair * p.width + first_column + row) * p.padded + first_token + place] = __uint_as_float(rounded);
+  }
+}
+
 template <class Of, class To>
 cudaError_t launch_mask(const MaskParams& p, cudaStream_t stream) {
   const int64_t tiles = (p.columns + kMaskTile - 1) / kMaskTile, row_tiles = (p.rows + kMaskTile - 1) / kMaskTile;
@@ -101,5 +125,13 @@ cudaError_t run_split(const SplitParams& p, cudaStream_t stream) {
   const int64_t blocks = (p.rows * (p.padded / 2) + kThreads - 1) / kThreads;
   if (blocks == 0) return cudaSuccess;
   split_kernel<<<dim3(blocks), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+cudaError_t run_turn(const TurnParams& p, cudaStream_t stream) {
+  const int64_t across = (p.width + kTurnColumns - 1) / kTurnColumns;
+  const int64_t blocks = p.pairs * across * ((p.padded + kTurnTokens - 1) / kTurnTokens);
+  if (blocks == 0) return cudaSuccess;
+  turn_kernel<<<dim3(blocks), kThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }

@@ -27,3 +27,13 @@ struct SplitParams {
   int heads, tokens, width, padded, parts;
 };
 cudaError_t run_split(const SplitParams& p, cudaStream_t stream);
+
+// float32 x (B, heads, T, width), of any strides but the last, as `run_masked_float32` takes z of tf32: (B, heads,
+// width, padded T), rounded, zeros behind the end.
+struct TurnParams {
+  View x;
+  float* out;
+  int64_t pairs;  // B × heads
+  int heads, tokens, padded, width;
+};
+cudaError_t run_turn(const TurnParams& p, cudaStream_t stream);

@@ -16,17 +16,23 @@ struct Masked {
   using Element = Element_;
   using Weight = Weight_;  // of the mask, Element or float
   static constexpr int kWidth = kWidth_, kProblems = kProblems_, kParts = kParts_, kGroups = kGroups_, kN = kN_;
-  static constexpr int kRows = 64 * kGroups, kPanels = kWidth / kPanel;
+  static constexpr bool kTf32 = std::is_same_v<Element, float>;
+  static constexpr int kPanelColumns = kPanelRow / int(sizeof(Element));
+  static constexpr int kRows = 64 * kGroups, kPanels = kWidth / kPanelColumns;
   static constexpr int kThreads = (kGroups + 1) * kWarpgroup;
   // The tensor cores cut sums off where they should round: where that counts, long ones are made outside.
   static constexpr bool kOutside = kParts == 3;
-  static constexpr bool kFloat = kParts > 1, kFloatMask = std::is_same_v<Weight, float>;
-  // With many parts x is read from registers: a product 64 wide is else bound by shared memory.
-  static constexpr bool kKeepX = kParts == 3;
+  static constexpr bool kFloat = kParts > 1 || kTf32, kFloatMask = std::is_same_v<Weight, float>;
+  // Of float32 x is read from registers: a product 64 wide is else bound by shared memory.
+  static constexpr bool kKeepX = kFloat;
   // Problems whose scores are made at a time: registers hold no more of wide ones.
   static constexpr int kTogether = kWidth == 64 && kN == 64 ? kProblems : 1;
   static constexpr int kXPanelBytes = kRows * kPanelRow, kYPanelBytes = kN * kPanelRow;
   static constexpr int kXBytes = kPanels * kXPanelBytes, kYBytes = kPanels * kYPanelBytes;
+  // Tensor cores take 4-byte numbers along the sum alone: z comes transposed, its columns along rows.
+  static constexpr int kZPanels = kTf32 ? kN / kPanelColumns : kPanels;
+  static constexpr int kZPanelBytes = (kTf32 ? kWidth : kN) * kPanelRow;
+  static_assert(kZPanels * kZPanelBytes == kYBytes);
   static constexpr int kMaskPanel = kPanelRow / int(sizeof(Weight));  // columns of a panel of the mask
   static constexpr int kMaskBytes = kRows * kN * int(sizeof(Weight));
   static constexpr int kStageBytes = 2 * kParts * kYBytes + kMaskBytes;
@@ -61,6 +67,13 @@ __device__ inline int unit_of_turn(const MaskedParams& p, int& turn) {
   return index < p.units ? index : -1;
 }
 
+// Rounded to tf32, of which the tensor cores read the upper bits alone.
+__device__ inline uint32_t to_tf32(uint32_t x) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(x)));
+  return rounded;
+}
+
 template <class T>
 struct alignas(1024) MaskedShared {
   uint8_t x[T::kProblems][T::kParts][T::kXBytes];
@@ -92,8 +105,15 @@ struct MaskedProducer {
   __device__ static void copy_parts(uint8_t* to, int bytes, int panel_bytes, const TiledTensor& from, Barrier& barrier,
                                     int token, int head, int batch) {
     for (int part = 0; part < T::kParts; ++part)
-      copy(to + part * bytes, T::kPanels, panel_bytes, from, barrier, 0, kPanel, token,
+      copy(to + part * bytes, T::kPanels, panel_bytes, from, barrier, 0, T::kPanelColumns, token,
            head / from.group * T::kParts + part, batch * from.batch);
+  }
+  __device__ void copy_z(uint8_t* to, Barrier& barrier, int column, int head, int batch) {
+    if constexpr (T::kTf32)
+      copy(to, T::kZPanels, T::kZPanelBytes, p.z, barrier, column / T::kPanelColumns, T::kPanelColumns, 0,
+           head / p.z.group, batch * p.z.batch);
+    else
+      copy_parts(to, T::kYBytes, T::kYPanelBytes, p.z, barrier, column, head, batch);
   }
 
   __device__ void rows(const MaskedUnit& unit) {
@@ -115,7 +135,7 @@ struct MaskedProducer {
     uint8_t* to = shared.stages[stage];
     copy_parts(to, T::kYBytes, T::kYPanelBytes, p.y, full, column, head, unit.batch);
     to += T::kParts * T::kYBytes;
-    copy_parts(to, T::kYBytes, T::kYPanelBytes, p.z, full, column, head, unit.batch);
+    copy_z(to, full, column, head, unit.batch);
     to += T::kParts * T::kYBytes;
     const int mask_head = head / p.mask.group, mask_batch = unit.batch * p.mask.batch;
     if (p.transposed)
@@ -168,14 +188,16 @@ struct MaskedProducer {
 template <class T>
 struct MaskedConsumer {
   using Element = typename T::Element;
-  static constexpr int kScores = T::kN / 2, kOut = T::kWidth / 2, kSteps = T::kWidth / 16, kBlocks = T::kN / 16;
+  static constexpr int kScores = T::kN / 2, kOut = T::kWidth / 2, kBlocks = T::kN / 16;
+  // Products along the width and along columns: 32 bytes of a row each.
+  static constexpr int kSteps = T::kWidth * int(sizeof(Element)) / 32, kZSteps = T::kN * int(sizeof(Element)) / 32;
   const MaskedParams& p;
   MaskedShared<T>& shared;
   const int group;
   int step = 0;
   float out[T::kProblems][kOut], scores[T::kTogether][kScores];
   float tile_out[T::kOutside ? kOut : 1] = {};  // of the last tile alone
-  using Weighed = uint32_t[T::kParts][kBlocks][4];
+  using Weighed = uint32_t[T::kParts][kZSteps][4];
   using Weights = uint32_t[kBlocks][T::kFloatMask ? 8 : 4];
   Weighed weighed[T::kTogether] = {};  // scores ⊙ M as left operands
   uint32_t x[T::kKeepX ? T::kProblems : 1][T::kParts][T::kKeepX ? kSteps : 1][4];
@@ -198,9 +220,19 @@ struct MaskedConsumer {
 #pragma unroll
         for (int part = 0; part < T::kParts; ++part)
 #pragma unroll
-          for (int i = 0; i < kSteps; ++i)
-            load_blocks<false>(x[problem][part][i], x_address(problem, part) + at.block(i));
+          for (int i = 0; i < kSteps; ++i) load_x(x[problem][part][i], x_address(problem, part), at, i);
       arrive_as_warp(shared.x_empty);
+    }
+  }
+
+  __device__ static void load_x(uint32_t (&to)[4], uint32_t address, const Lane& at, int step) {
+    if constexpr (T::kTf32) {
+      address += step / 4 * T::kXPanelBytes + at.pair * 2;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        to[i] = to_tf32(load_word(address + piece_offset(at.row + i % 2 * 8, step % 4 * 2 + i / 2)));
+    } else {
+      load_blocks<false>(to, address + at.block(step));
     }
   }
 
@@ -233,7 +265,9 @@ struct MaskedConsumer {
 #pragma unroll
       for (int i = 0; i < kSteps; ++i, add = 1) {
         const uint64_t right = descriptor(y + i / 4 * T::kYPanelBytes + i % 4 * 32);
-        if constexpr (T::kKeepX)
+        if constexpr (T::kTf32)
+          wgmma_tf32(to, x[problem][a][i], right, add);
+        else if constexpr (T::kKeepX)
           wgmma<Element, T::kN, 0>(to, x[problem][a][i], right, add);
         else
           wgmma<Element, T::kN, 0>(to, descriptor(x_address(problem, a) + i / 4 * T::kXPanelBytes + i % 4 * 32), right,
@@ -288,13 +322,18 @@ struct MaskedConsumer {
       else
         pair = unpack<Element>(weights[i / 4][i % 4]);
       pair.x *= of[2 * i], pair.y *= of[2 * i + 1];
+      if constexpr (T::kTf32) {  // neighbours stand at 0 and 4 of 8 along the sum: z has them so
+        weighed[0][i / 2][i % 2] = to_tf32(__float_as_uint(pair.x));
+        weighed[0][i / 2][i % 2 + 2] = to_tf32(__float_as_uint(pair.y));
+      } else {
 #pragma unroll
-      for (int part = 0; part < T::kParts; ++part) {
-        const uint32_t packed = pack<Element>(pair.x, pair.y);
-        weighed[part][i / 4][i % 4] = packed;
-        if (part + 1 < T::kParts) {
-          const float2 taken = unpack<Element>(packed);
-          pair.x -= taken.x, pair.y -= taken.y;
+        for (int part = 0; part < T::kParts; ++part) {
+          const uint32_t packed = pack<Element>(pair.x, pair.y);
+          weighed[part][i / 4][i % 4] = packed;
+          if (part + 1 < T::kParts) {
+            const float2 taken = unpack<Element>(packed);
+            pair.x -= taken.x, pair.y -= taken.y;
+          }
         }
       }
     }
@@ -309,8 +348,12 @@ struct MaskedConsumer {
     each_product([&](int a, int b) {
       const uint32_t z = stream(stage, 1 - problem, b);
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i, add = 1)
-        wgmma<Element, T::kWidth, 1>(to, weighed[a][i], descriptor(z + i * 16 * kPanelRow, T::kYPanelBytes), add);
+      for (int i = 0; i < kZSteps; ++i, add = 1) {
+        if constexpr (T::kTf32)
+          wgmma_tf32(to, weighed[a][i], descriptor(z + i / 4 * T::kZPanelBytes + i % 4 * 32), add);
+        else
+          wgmma<Element, T::kWidth, 1>(to, weighed[a][i], descriptor(z + i * 16 * kPanelRow, T::kZPanelBytes), add);
+      }
     });
     wgmma_commit();
   }
@@ -365,8 +408,8 @@ struct MaskedConsumer {
     const int64_t row = (int64_t(unit.batch) * (p.heads / p.shares) + unit.head) * p.rows + unit.first;
     const int rows = p.rows - unit.first, width = to.out_width;
     if constexpr (T::kFloat)
-      put_out_rows<T::kPanels>(out[problem], static_cast<float*>(to.out) + (row + group * 64) * width,
-                               rows - group * 64, width, width);
+      put_out_rows<T::kWidth / kPanel>(out[problem], static_cast<float*>(to.out) + (row + group * 64) * width,
+                                       rows - group * 64, width, width);
     else
       put_out_rows<Element, T::kPanels>(out[problem], shared_address(shared.staging) + group * kPanelBytes,
                                         static_cast<Element*>(to.out) + row * width, group * 64, rows, width, width);
@@ -424,7 +467,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) masked_kernel(const __grid_con
 
 template <class Element, class Weight, int kWidth, int kProblems, int kParts>
 struct MaskedOf {
-  static constexpr MaskedTile kTile = masked_tile(kWidth, kProblems, kParts, std::is_same_v<Weight, float>);
+  static constexpr MaskedTile kTile =
+      masked_tile(kWidth, kProblems, kParts, std::is_same_v<Element, float>, std::is_same_v<Weight, float>);
   using T = Masked<Element, Weight, kWidth, kProblems, kParts, kTile.groups, kTile.columns>;
 };
 

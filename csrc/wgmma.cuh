@@ -107,3 +107,12 @@ __device__ inline void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t
     BY_TYPE(WGMMA_REGISTERS, 256, 128, 129, 130, 131, 132, 133, 134);
   }
 }
+
+// The same of float32 numbers as tf32, 64 × 8 by 8 × 64, a in registers: rows of b lie along K. Of each a a thread
+// holds column lane % 4 of its rows, and then column lane % 4 + 4.
+__device__ inline void wgmma_tf32(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int add) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k8.f32.tf32.tf32 {" NAMES_64
+               "}, {%32, %33, %34, %35}, %36, p, 1, 1; }"
+               : RESULT_64(0)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}

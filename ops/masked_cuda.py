@@ -13,6 +13,7 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import for_kernel, multiprocessors, rows_contiguous, sum_groups, unit_length
@@ -70,31 +71,40 @@ def backward(
         dq, dk = (None if grad is None else unit_length(x, grad) for x, grad in ((given_q, dq), (given_k, dk)))
     dmask = None
     if wanted[3]:
-        dmask = mask_gradient(*tensors, mask, operands.parts, multiprocessors(q.device))
+        dmask = operands.mask_gradient(mask)
     return [dq, dk, dv, dmask]
 
 
 class _Operands:
-    """The tensors of a call as the kernels read them."""
+    """The tensors of a call as the kernels read them.
+
+    Of float32, with products as exact as it is, three bfloat16 numbers for each; where tf32 is allowed, two of wide
+    heads, and narrow ones as they are.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, do: Tensor | None = None) -> None:
-        self.heads, self.groups = q.shape[1], (k.shape[1], v.shape[1])
-        self.parts = _parts(q)
-        self.wide = max(q.shape[3], v.shape[3]) > (NARROW if self.parts == 1 else NARROW // 2)
+        self.heads, self.groups, self.dtype = q.shape[1], (k.shape[1], v.shape[1]), q.dtype
+        in_float32 = q.dtype == torch.float32
+        exact = in_float32 and torch.get_float32_matmul_precision() == "highest"
+        self.wide = max(q.shape[3], v.shape[3]) > (NARROW // 2 if in_float32 else NARROW)
+        self.tf32 = in_float32 and not exact and not self.wide
+        self.parts = 3 if exact else 2 if in_float32 and self.wide else 1
         self.q, self.k, self.v = (_operand(x, self.parts) for x in (q, k, v))
         self.do = q if do is None else _operand(do, self.parts)
         self.mask, self.used = (mask, None) if self.wide else _for_mask(mask, q)
 
     def attend(self, x: Tensor, y: Tensor, z: Tensor, *, transposed: bool = False, shares: int = 1) -> Tensor:
         """((x yᵀ) ⊙ M) z, or Mᵀ, (B, H / shares, rows, width), each the sum over `shares` heads."""
-        out = z.new_empty((x.shape[0], self.heads // shares, x.shape[2], z.shape[3]), dtype=self.type_of(z))
+        out = z.new_empty((x.shape[0], self.heads // shares, x.shape[2], z.shape[3]), dtype=self.dtype)
+        if self.tf32:
+            z = _turned(z)
         torch.ops.transnormer_kernels.masked_attend(
             x, y, z, None, self.mask, self.used, out, None, self.heads, shares, self.parts, transposed
         )
         return out
 
     def attend_both(self, shares: int) -> tuple[Tensor, Tensor]:
-        """Gradients of k and v in one pass."""
+        """Gradients of k and v, of a 2-byte type, in one pass."""
         shape = self.q.shape[0], self.heads // shares, self.k.shape[2]
         dv, dk = (x.new_empty((*shape, x.shape[3])) for x in (self.v, self.k))
         torch.ops.transnormer_kernels.masked_attend(
@@ -102,8 +112,11 @@ class _Operands:
         )
         return dk, dv
 
-    def type_of(self, z: Tensor) -> torch.dtype:
-        return z.dtype if self.parts == 1 else torch.float32
+    def mask_gradient(self, mask: Tensor) -> Tensor:
+        parts = 2 if self.tf32 else self.parts
+        tensors = self.do, self.q, self.k, self.v
+        do, q, k, v = (_operand(x, parts) for x in tensors) if self.tf32 else tensors
+        return mask_gradient(do, q, k, v, mask, parts, multiprocessors(mask.device))
 
 
 def _narrow_backward(of: _Operands, wanted: list[bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -111,7 +124,7 @@ def _narrow_backward(of: _Operands, wanted: list[bool]) -> tuple[Tensor | None, 
     dq = of.attend(of.do, of.v, of.k) if wanted[0] else None
     shares = _shares(of.k, of.heads, *of.groups)
     dk = dv = None
-    if wanted[1] and wanted[2] and of.parts == 1:
+    if wanted[1] and wanted[2] and of.dtype != torch.float32:
         dk, dv = of.attend_both(shares)
     else:
         dk = of.attend(of.v, of.do, of.q, transposed=True, shares=shares) if wanted[1] else None
@@ -120,21 +133,24 @@ def _narrow_backward(of: _Operands, wanted: list[bool]) -> tuple[Tensor | None, 
     return dq, dk, dv
 
 
-def _parts(q: Tensor) -> int:
-    """Numbers of 2 bytes for a value: PyTorch's "high" allows two bfloat16 for a float32, three are as exact as it."""
-    if q.dtype != torch.float32:
-        return 1
-    return 3 if torch.get_float32_matmul_precision() == "highest" else 2
-
-
 def _operand(x: Tensor, parts: int) -> Tensor:
-    """x as the kernels read it; of float32 its parts, (B, heads · parts, T, width)."""
-    if parts == 1:
+    """x as the kernels read it; with several parts (B, heads · parts, T, width)."""
+    if parts > 1:
+        x = rows_contiguous(x)
+        out = x.new_empty((x.shape[0], x.shape[1] * parts, x.shape[2], -(-x.shape[3] // 8) * 8), dtype=torch.bfloat16)
+        torch.ops.transnormer_kernels.split(x, out, parts)
+        return out
+    if x.dtype != torch.float32:
         return for_kernel(x)
-    x = rows_contiguous(x)
-    shape = x.shape[0], x.shape[1] * parts, x.shape[2], -(-x.shape[3] // 8) * 8
-    out = x.new_empty(shape, dtype=torch.bfloat16)
-    torch.ops.transnormer_kernels.split(x, out, parts)
+    if more := -x.shape[3] % 4:
+        x = F.pad(x, (0, more))
+    return x if _whole(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _turned(z: Tensor) -> Tensor:
+    """z (B, heads, T, width) of float32 as products of tf32 read it, (B, heads, width, T and up to 7 more)."""
+    out = z.new_empty((*z.shape[:2], z.shape[3], -(-z.shape[2] // 8) * 8))
+    torch.ops.transnormer_kernels.turn(z, out)
     return out
 
 
@@ -160,10 +176,10 @@ def _for_mask(mask: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None]:
     return mask if copy is None else copy[..., :columns], used
 
 
-def _whole(mask: Tensor) -> bool:
-    """Whether the copy engine takes a mask: rows adjacent, 16-byte aligned, a multiple of 16 bytes apart."""
-    strides = [mask.stride(i) * mask.element_size() for i in range(3) if mask.shape[i] > 1]
-    return mask.stride(3) == 1 and mask.data_ptr() % 16 == 0 and all(x > 0 and x % 16 == 0 for x in strides)
+def _whole(x: Tensor) -> bool:
+    """Whether the copy engine takes a mask, or float32: rows adjacent, 16-byte aligned, whole 16 bytes apart."""
+    strides = [x.stride(i) * x.element_size() for i in range(3) if x.shape[i] > 1]
+    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
 
 
 @functools.cache
