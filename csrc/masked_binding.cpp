@@ -159,7 +159,8 @@ void split(const Tensor& x, const Tensor& out, int64_t parts) {
   p.out = out.data_ptr();
   p.heads = x.size(1), p.tokens = x.size(2), p.width = x.size(3), p.padded = out.size(3), p.parts = parts;
   p.rows = int64_t(x.size(0)) * x.size(1) * x.size(2);
-  CHECK(p.rows * p.padded / 512 < (int64_t(1) << 31), "x: too large");
+  CHECK(p.rows * p.padded / 8 < (int64_t(1) << 31), "x: too large");
+  CHECK(reinterpret_cast<uintptr_t>(out.data_ptr()) % 16 == 0, "out: expected 16-byte aligned");
   check_cuda(run_split(p, stream_of(x)));
 }
 

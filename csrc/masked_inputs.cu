@@ -1,4 +1,4 @@
-// One block for each 64 × 64 tile of a mask; one thread for each two values that are split; turning by tiles.
+// One block for each 64 × 64 tile of a mask; one thread for each eight values that are split; turning by tiles.
 #include "masked_inputs.h"
 
 #include <math_constants.h>
@@ -57,27 +57,39 @@ __global__ void __launch_bounds__(kThreads) mask_kernel(const __grid_constant__ 
   if (threadIdx.x == 0 && p.used != nullptr) p.used[blockIdx.x] = used;
 }
 
+// Eight neighbouring values, read by fours where kFours.
+template <bool kFours>
 __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__ SplitParams p) {
-  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, pairs = p.padded / 2;
-  if (at >= p.rows * pairs) return;
-  const int64_t row = at / pairs, head = row / p.tokens;
-  const int column = at % pairs * 2, token = row % p.tokens;
+  constexpr int kPack = 8;
+  const unsigned at = blockIdx.x * kThreads + threadIdx.x, packs = p.padded / kPack;
+  const unsigned row = at / packs, head = row / p.tokens, token = row % p.tokens;
+  const int column = at % packs * kPack;
+  if (row >= p.rows) return;
   const float* x = static_cast<const float*>(p.x.data) + head / p.heads * p.x.batch + head % p.heads * p.x.head +
                    token * p.x.token + column;
-  float values[2];
+  float values[kPack];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) values[i] = column + i < p.width ? x[i] : 0.f;
-  __nv_bfloat162* out = static_cast<__nv_bfloat162*>(p.out) + (head * p.parts * p.tokens + token) * pairs + column / 2;
-  for (int part = 0; part < p.parts; ++part, out += p.tokens * pairs) {
-    __nv_bfloat16 rounded[2];
+  for (int i = 0; i < kPack; i += 4) {
+    if constexpr (kFours) {
+      const float4 four = column + i < p.width ? *reinterpret_cast<const float4*>(x + i) : float4{};
+      values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
+    } else {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      rounded[i] = __nv_bfloat16(values[i]);
-      // The largest float32 numbers would become infinite.
-      if (__hisinf(rounded[i]) && isfinite(values[i])) rounded[i] = __float2bfloat16_rz(values[i]);
-      values[i] = isfinite(values[i]) ? values[i] - float(rounded[i]) : 0.f;
+      for (int j = i; j < i + 4; ++j) values[j] = column + j < p.width ? x[j] : 0.f;
     }
-    *out = {rounded[0], rounded[1]};
+  }
+  auto* out = static_cast<__nv_bfloat16*>(p.out) + (int64_t(head) * p.parts * p.tokens + token) * p.padded + column;
+  for (int part = 0; part < p.parts; ++part, out += int64_t(p.tokens) * p.padded) {
+    Pack<__nv_bfloat16, kPack> rounded;
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      __nv_bfloat16& next = rounded.values[i];
+      next = __nv_bfloat16(values[i]);
+      // The largest float32 numbers would become infinite.
+      if (__hisinf(next) && isfinite(values[i])) next = __float2bfloat16_rz(values[i]);
+      values[i] = isfinite(values[i]) ? values[i] - float(next) : 0.f;
+    }
+    *reinterpret_cast<Pack<__nv_bfloat16, kPack>*>(out) = rounded;
   }
 }
 
@@ -89,12 +101,14 @@ __global__ void __launch_bounds__(kThreads) turn_kernel(const __grid_constant__ 
   const int first_column = blockIdx.x % across * kTurnColumns, first_token = blockIdx.x / across % along * kTurnTokens;
   const int64_t pair = blockIdx.x / across / along;
   const float* from = static_cast<const float*>(p.x.data) + pair / p.heads * p.x.batch + pair % p.heads * p.x.head;
+#pragma unroll
   for (int i = threadIdx.x; i < kTurnTokens * kTurnColumns; i += kThreads) {
     const int token = first_token + i / kTurnColumns, column = first_column + i % kTurnColumns;
     const bool inside = token < p.tokens && column < p.width;
     tile[i % kTurnColumns][i / kTurnColumns] = inside ? from[token * p.x.token + column] : 0.f;
   }
   __syncthreads();
+#pragma unroll
   for (int i = threadIdx.x; i < kTurnTokens * kTurnColumns; i += kThreads) {
     const int place = i % kTurnTokens, row = i / kTurnTokens;
     if (first_token + place >= p.padded || first_column + row >= p.width) continue;
@@ -122,9 +136,11 @@ cudaError_t run_mask(const MaskParams& p, ElementType to, bool of_bool, cudaStre
 }
 
 cudaError_t run_split(const SplitParams& p, cudaStream_t stream) {
-  const int64_t blocks = (p.rows * (p.padded / 2) + kThreads - 1) / kThreads;
+  const int64_t blocks = (p.rows * (p.padded / 8) + kThreads - 1) / kThreads;
   if (blocks == 0) return cudaSuccess;
-  split_kernel<<<dim3(blocks), kThreads, 0, stream>>>(p);
+  bool fours = p.width % 4 == 0 && reinterpret_cast<uintptr_t>(p.x.data) % 16 == 0;
+  for (const int64_t stride : {p.x.batch, p.x.head, p.x.token}) fours = fours && stride % 4 == 0;
+  (fours ? split_kernel<true> : split_kernel<false>)<<<dim3(blocks), kThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -32,8 +32,10 @@ template <class T>
 struct PartsConsumer : Consumer<T> {
   using Consumer<T>::Consumer;
 
+  static constexpr int kAtOnce = 4;  // stages whose sum the tensor cores make
+
   // acc = a product whose sum is `count` stages long. Tensor cores cut sums off where they should round, and with 3
-  // parts that is seen: what each stage adds is summed outside of them.
+  // parts that is seen: long sums are made outside of them.
   template <int kTransposeLeft, int kTransposeRight>
   __device__ void product(int count) {
     const auto nothing = [](int) {};
@@ -42,9 +44,9 @@ struct PartsConsumer : Consumer<T> {
       this->template multiply<kTransposeLeft, kTransposeRight>(count * T::kProducts, nothing);
     } else {
       float sum[T::kN / 2] = {};
-      for (int i = 0; i < count * T::kProducts; ++i) {
+      for (int left = count * T::kProducts; left > 0; left -= kAtOnce) {
         this->clear();
-        this->template multiply<kTransposeLeft, kTransposeRight>(1, nothing);
+        this->template multiply<kTransposeLeft, kTransposeRight>(min(left, kAtOnce), nothing);
 #pragma unroll
         for (int x = 0; x < T::kN / 2; ++x) sum[x] += this->acc[x];
       }

@@ -228,9 +228,9 @@ def test_what_is_not_finite_stays_in_its_row(parts: int, device: torch.device) -
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"mask": torch.float32}, "mask: expected bool or the type of the others"),
+        ({"mask": torch.float64}, "mask: expected bool, float32 or the type of the others"),
         ({"k": torch.float16}, "k, p: expected the type of the others"),
-        ({"parts": 3}, "mask: expected bool or float32"),
+        ({"parts": 3}, "mask: expected bool, float32 or the type of the others"),
     ],
     ids=["mask", "type", "parts"],
 )
