@@ -12,7 +12,7 @@ import torch
 
 OPERATORS = ("masked", "lightning")
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}  # and their short names
-MASKS = ("shared", "none", "bool", "full")
+MASKS = ("shared", "none", "bool", "full", "causal")
 PASSES: list[dict[str, Any]] = [{"backward": False}, {}, {"mask_grad": True}]
 CHUNK = 64  # tokens of a chunk in the nominal work of lightning attention
 
@@ -31,7 +31,9 @@ class Case:
     D: int
     E: int
     dtype: str = "float32"
-    mask: str = "shared"  # of the masked operator: (1, 1, Lq, Lk), none, the same of bool, or (B, H, Lq, Lk)
+    # Of the masked operator: (1, 1, Lq, Lk), none, the same of bool, (B, H, Lq, Lk), or the first with zeros above the
+    # diagonal.
+    mask: str = "shared"
     mask_grad: bool = False
     qk_norm: bool = False  # the operator divides q and k by their length
     unit: bool = False  # q and k are drawn with length 1
@@ -93,6 +95,23 @@ def _writings() -> list[Case]:
     return every + [masked(16, 12, 1024, 64, dtype, kv=1) for dtype in ("float32", "bfloat16")]
 
 
+def _masked() -> list[Case]:
+    """What the kernels of masked attention are held to."""
+    narrow = [masked(16, 12, 1024, 64, "bfloat16", **how) for how in PASSES]
+    others = [
+        masked(*shape, dtype, backward=backward, **how)
+        for shape, dtype, how in (
+            ((16, 12, 1024, 64), "bfloat16", {"kv": 1}),
+            ((16, 12, 1024, 64), "float32", {}),
+            ((16, 1, 1024, 768), "bfloat16", {}),
+            ((2, 12, 8192, 64), "bfloat16", {}),
+            ((2, 12, 8192, 64), "bfloat16", {"mask": "causal"}),
+        )
+        for backward in (False, True)
+    ]
+    return narrow + others
+
+
 def _lengths(*tokens: int) -> list[Case]:
     """The masked operator with and without a mask, and lightning attention, on one shape."""
     with_mask, without = (
@@ -116,6 +135,7 @@ FLOORS = [  # the shapes (B, H, T, D) of the published comparison of lightning a
 WIDE = [(8, 2, 4096, 384), (8, 1, 4096, 512), *FLOORS[-2:], (1, 1, 32768, 768), (16, 1, 512, 768)]
 GROUPS: dict[str, list[Case]] = {
     "writings": _writings(),
+    "masked": _masked(),
     "lengths": _lengths(256, 512, 1024, 2048, 4096),
     "long": _lengths(8192, 16384),
     "memory": [masked(1, 4, 4096, 64, **how) for how in PASSES],

@@ -222,6 +222,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--implementations", nargs="+", metavar="NAME", help="those that know a case; all by default")
     p.add_argument("--baseline", metavar="NAME", help="implementation that ratios refer to; each case's first")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    p.add_argument("--precision", choices=["highest", "high"], default="highest", help="of float32 products")
     p.add_argument("--repeats", type=int, help="runs of a time; 30 on a GPU, 7 on a CPU")
     p.add_argument(
         "--seconds", type=float, default=20, help="no more runs (after 2) once this has passed (%(default)s)"
@@ -241,7 +242,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     shape.add_argument("--width", type=int, help="of a head's q and k")
     shape.add_argument("--value-width", type=int, help="of a head's v; that of q by default")
     shape.add_argument("--dtypes", nargs="+", choices=list(DTYPES))
-    shape.add_argument("--mask", choices=MASKS, help="(1, 1, L, L), none, the same of bool, or (B, H, L, L)")
+    shape.add_argument("--mask", choices=MASKS, help="(1, 1, L, L), none, the same of bool, (B, H, L, L), or causal")
     for flag in ("--mask-grad", "--forward-only", "--qk-norm"):
         shape.add_argument(flag, action="store_true", default=None)
     args = p.parse_args(argv)
@@ -298,11 +299,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.from_json:
         show(args)
         return 0
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(args.precision)
     try:
         results = benchmark(args.cases, args)
     except KeyboardInterrupt:
         print("stopped; what was measured is above" + (f" and in {args.json}" if args.json else ""), file=sys.stderr)
         return 130
+    finally:
+        torch.set_float32_matmul_precision(before)
     for text in growth(results):
         print(text)
     return int(any(result["status"] == "FAILED" for result in results))

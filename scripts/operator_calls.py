@@ -78,6 +78,8 @@ def inputs(case: Case, device: torch.device) -> Inputs:
     if case.mask == "none":
         return Inputs(q, k, v, do, None)
     mask = normal(*((case.B, case.H) if case.mask == "full" else (1, 1)), case.Lq, case.Lk)
+    if case.mask == "causal":
+        mask = mask.tril_()
     return Inputs(q, k, v, do, mask > 0 if case.mask == "bool" else mask)
 
 

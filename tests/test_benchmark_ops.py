@@ -155,7 +155,7 @@ def test_a_materialised_decay_goes_by_groups_of_heads(memory: str, note: str | N
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--cases", "all"], "--cases: expected some of writings, lengths,"),
+        (["--cases", "all"], "--cases: expected some of writings, masked, lengths,"),
         (["--cases", "quick", "--tokens", "5"], "--cases: expected no options of shapes beside it, got --tokens"),
         (["--implementations", "fast"], "--implementations: expected some of normal, split, block, inplace, cuda,"),
         (["--baseline", "torch"], "--baseline: expected one of normal,"),
