@@ -1,4 +1,4 @@
-// Masked linear attention of narrow heads, out = ((x yᵀ) ⊙ M) z: equations (10) and (11) of README.md.
+// Masked linear attention of narrow heads, out = ((x yᵀ) ⊙ M) z: equation (10) of README.md.
 //
 // A block keeps rows of x and their sums of out in registers, a warpgroup 64 of each, and one warp copies tiles of y, z
 // and M to a ring of stages. No softmax: scores are final as soon as they are made.
