@@ -114,7 +114,10 @@ def arguments(
     mask = _mask(case, random)
     if case.mask == "bool":
         (mask if mask._base is None else mask._base).clamp_(min=0)
-    return {**tensors, "mask": moved(mask, device, {"float": dtype, "float32": torch.float32}.get(case.mask, torch.bool))}
+    return {
+        **tensors,
+        "mask": moved(mask, device, {"float": dtype, "float32": torch.float32}.get(case.mask, torch.bool)),
+    }
 
 
 def _mask(case: MaskedCase, random: torch.Generator) -> Tensor:
