@@ -167,6 +167,19 @@ def test_unit_length(d: int, e: int, numbers: Numbers, device: torch.device) -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 136])
+def test_float32_may_be_of_two_parts(width: int, device: torch.device) -> None:
+    case, found = MaskedCase(130, 200, D=width, E=64), []
+    for precision in ("highest", "high", "medium"):
+        with float32_products(precision):
+            found.append(masked_call(case, by_kernels, device, torch.float32))
+    assert_equal(found[1], found[2])
+    for name, x in masked_call(case, plain, device, torch.float32, truth=True).items():
+        exact, rough = ((y[name] - x).norm() / x.norm() for y in found[:2])
+        assert 2 * exact < rough < 2**-14, name
+
+
+@pytest.mark.gpu
 @every_type
 @pytest.mark.parametrize("case", SHARED, ids=str)
 @pytest.mark.parametrize("whole", [False, True], ids=["one", "group"])
