@@ -1,15 +1,17 @@
-"""Cases of masked attention for its tests: shapes, masks, writings, the plain formula, and how a case is run."""
+"""Cases of masked attention for its tests: shapes, masks, types, writings, the plain formula, how a case is run."""
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from operator_cases import case_id, laid_out, moved, spread_of_unit_length
 from torch import Tensor
 
+from ops import flash_linear_attention
 from ops.numerics import unit_length
 
 BLOCKS = {"q_block_size": 16, "kv_block_size": 24}
@@ -208,3 +210,33 @@ def float32_products(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+class Numbers(NamedTuple):
+    """The type of a call, and what `torch.set_float32_matmul_precision` says of float32."""
+
+    dtype: torch.dtype
+    precision: str = "highest"
+
+    def __str__(self) -> str:
+        return str(self.dtype)[6:] + ("" if self.precision == "highest" else f"-{self.precision}")
+
+    @property
+    def eps(self) -> float | None:
+        """Of a factor, where it is less than a float32 has: "high" promises 14 bits of two bfloat16 numbers."""
+        return None if self.precision == "highest" else 2.0**-14
+
+
+BFLOAT16, FLOAT16, FLOAT32 = Numbers(torch.bfloat16), Numbers(torch.float16), Numbers(torch.float32)
+by_kernels = partial(flash_linear_attention, implementation="cuda")
+
+
+def given(case: MaskedCase, numbers: Numbers, device: torch.device, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors of a case, and the gradient of its output."""
+    return arguments(case, device, numbers.dtype, seed), output_gradient(case, device, numbers.dtype, seed)
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, x in actual.items():
+        assert torch.equal(x, expected[name]), name
