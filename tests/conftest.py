@@ -56,6 +56,18 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
+def kernel_device() -> torch.device:
+    """A GPU on which the CUDA kernels run."""
+    from ops.lightning_cuda import library_unavailable_reason
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU: torch.cuda.is_available() is False")
+    if (reason := library_unavailable_reason(torch.cuda.current_device())) is not None:
+        pytest.skip(reason)
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill uninitialised memory with NaN, so that a row that nothing wrote is seen."""
     mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory

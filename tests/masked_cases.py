@@ -1,20 +1,24 @@
-"""Cases of masked attention for its tests: shapes, masks, writings, the plain formula, and how a case is run."""
+"""Cases of masked attention for its tests: shapes, masks, types, writings, the plain formula, how a case is run."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from operator_cases import case_id, laid_out, spread_of_unit_length
+from operator_cases import case_id, laid_out, moved, spread_of_unit_length
 from torch import Tensor
 
+from ops import flash_linear_attention
 from ops.numerics import unit_length
 
 BLOCKS = {"q_block_size": 16, "kv_block_size": 24}
 EVERY_WRITING: list[dict[str, Any]] = [
     {"implementation": "normal"},
     *({"implementation": name, **BLOCKS} for name in ("split", "block", "inplace")),
-    {"implementation": "auto"},
+    {"implementation": "auto"},  # on a GPU the kernels, but for float64
 ]
 ODD_BLOCKS = [
     {"implementation": name, "q_block_size": 1, "kv_block_size": 1000} for name in ("split", "block", "inplace")
@@ -38,10 +42,11 @@ class MaskedCase:
     D: int = 16
     E: int = 24
     layout: str = "contiguous"
-    mask: str | None = "float"  # or "bool"
+    mask: str | None = "float"  # of q's type; or "float32", "bool"
     per_row: bool = True
     per_head: bool = True
-    mask_layout: str = "contiguous"
+    mask_layout: str = "contiguous"  # one of `laid_out`, or of MASK_LAYOUTS
+    pattern: str = "full"  # or one of PATTERNS: what of the mask is not zero
 
     def __str__(self) -> str:
         return case_id(self, "Lq", "Lk")
@@ -66,6 +71,32 @@ MASKS: dict[str, dict[str, Any]] = {
 }
 
 
+def _tiles(rows: int, columns: int) -> Tensor:
+    """Half of the tiles of 64 × 64, at random."""
+    kept = torch.rand(-(-rows // 64), -(-columns // 64), generator=torch.Generator().manual_seed(0)) < 0.5
+    return kept.repeat_interleave(64, 0).repeat_interleave(64, 1)[:rows, :columns]
+
+
+def _last(rows: int, columns: int) -> Tensor:
+    kept = torch.zeros(rows, columns, dtype=torch.bool)
+    kept[-1, -1] = True
+    return kept
+
+
+PATTERNS: dict[str, Callable[[int, int], Tensor]] = {
+    "causal": lambda rows, columns: torch.ones(rows, columns, dtype=torch.bool).tril(),
+    "tiles": _tiles,
+    "last": _last,
+    "none": lambda rows, columns: torch.zeros(rows, columns, dtype=torch.bool),
+}
+MASK_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {  # NaN is what no one should read
+    "every-second": lambda x: torch.stack((x, torch.full_like(x, math.nan)), -1).flatten(3)[..., ::2],
+    "shifted": lambda x: torch.nn.functional.pad(x, (3, 2), value=math.nan)[..., 3:-2],
+    "one-row": lambda x: x[:, :, :1].clone().expand(x.shape),
+    "one-column": lambda x: x[..., :1].clone().expand(x.shape),
+}
+
+
 def masked_case(shape: str = "ragged", mask: str = "full", **others: Any) -> MaskedCase:
     return replace(SHAPES[shape], **MASKS[mask], **others)
 
@@ -79,12 +110,25 @@ def arguments(
         laid_out(case.layout, (case.B, heads, tokens, width), random)
         for heads, tokens, width in ((case.H, case.Lq, case.D), (case.Gk, case.Lk, case.D), (case.Gv, case.Lk, case.E))
     )
-    tensors: dict[str, Tensor | None] = {name: x.to(device, dtype) for name, x in (("q", q), ("k", k), ("v", v))}
+    tensors: dict[str, Tensor | None] = {n: moved(x, device, dtype) for n, x in (("q", q), ("k", k), ("v", v))}
     if case.mask is None:
         return {**tensors, "mask": None}
+    mask = _mask(case, random)
+    if case.mask == "bool":
+        (mask if mask._base is None else mask._base).clamp_(min=0)
+    return {
+        **tensors,
+        "mask": moved(mask, device, {"float": dtype, "float32": torch.float32}.get(case.mask, torch.bool)),
+    }
+
+
+def _mask(case: MaskedCase, random: torch.Generator) -> Tensor:
     shape = (case.B if case.per_row else 1, case.H if case.per_head else 1, case.Lq, case.Lk)
-    mask = laid_out(case.mask_layout, shape, random)
-    return {**tensors, "mask": (mask > 0 if case.mask == "bool" else mask.to(dtype)).to(device)}
+    if case.mask_layout in MASK_LAYOUTS:
+        mask = MASK_LAYOUTS[case.mask_layout](torch.randn(shape, generator=random, dtype=torch.float64))
+    else:
+        mask = laid_out(case.mask_layout, shape, random)
+    return mask if case.pattern == "full" else mask.mul_(PATTERNS[case.pattern](case.Lq, case.Lk))
 
 
 def output_gradient(
@@ -93,7 +137,7 @@ def output_gradient(
     """A gradient of the output, laid out as the case says, or as (B, Lq, H, E) in memory."""
     layout = "transposed" if case.layout == "contiguous" else case.layout
     random = torch.Generator().manual_seed(seed + 1)
-    return laid_out(layout, (case.B, case.H, case.Lq, case.E), random).to(device, dtype)
+    return moved(laid_out(layout, (case.B, case.H, case.Lq, case.E), random), device, dtype)
 
 
 def run_masked(
@@ -154,4 +198,45 @@ def plain(*, q, k, v, mask, qk_norm=False):  # type: ignore[no-untyped-def]
         q, k = (torch.nn.functional.normalize(x, dim=-1, eps=1e-6) for x in (q, k))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.mT
-    return (scores if mask is None else scores * mask) @ v
+    return (scores if mask is None else (scores * mask).to(v.dtype)) @ v
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """With `torch.set_float32_matmul_precision`."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class Numbers(NamedTuple):
+    """The type of a call, and what `torch.set_float32_matmul_precision` says of float32."""
+
+    dtype: torch.dtype
+    precision: str = "highest"
+
+    def __str__(self) -> str:
+        return str(self.dtype)[6:] + ("" if self.precision == "highest" else f"-{self.precision}")
+
+    @property
+    def eps(self) -> float | None:
+        """Of a factor, where it is less than a float32 has: "high" promises 14 bits of two bfloat16 numbers."""
+        return None if self.precision == "highest" else 2.0**-14
+
+
+BFLOAT16, FLOAT16, FLOAT32 = Numbers(torch.bfloat16), Numbers(torch.float16), Numbers(torch.float32)
+by_kernels = partial(flash_linear_attention, implementation="cuda")
+
+
+def given(case: MaskedCase, numbers: Numbers, device: torch.device, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors of a case, and the gradient of its output."""
+    return arguments(case, device, numbers.dtype, seed), output_gradient(case, device, numbers.dtype, seed)
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, x in actual.items():
+        assert torch.equal(x, expected[name]), name

@@ -113,6 +113,13 @@ def laid_out(layout: str, shape: tuple[int, ...], random: torch.Generator) -> Te
     raise ValueError(layout)
 
 
+def moved(x: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """x elsewhere and in another type, laid out as it is: `to` closes gaps, and writes out what is expanded."""
+    if x._base is None:
+        return x.to(device, dtype)
+    return x._base.to(device, dtype).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 def run(
     operator: Operator, tensors: dict[str, Tensor | None], do: Tensor, dstate: Tensor, **options: Any
 ) -> dict[str, Tensor]:
@@ -285,6 +292,7 @@ def assert_accurate(
     truth: dict[str, Tensor],
     terms: dict[str, Tensor],
     dtype: torch.dtype,
+    eps: float | None = None,
 ) -> None:
     """An operator is accurate if no error is worse than twice plain PyTorch's in the same type, plus one ulp.
 
@@ -299,6 +307,7 @@ def assert_accurate(
     Summing rounds too, in the type of sums: the k-th partial sum, of size `√(k / n Σ t²)`, is off by up to eps / 2
     of itself, and n of them add up to `√(n / 24) eps √(Σ t²)`, here five times that, since a normal number is beyond
     once in two million draws. No sum is longer than the longest dim.
+    `eps`: of the roundings, where factors of products are rounded to less than `dtype` holds.
     """
     longest = max(max(x.shape) for x in truth.values())
     assert actual.keys() == truth.keys()
@@ -309,7 +318,7 @@ def assert_accurate(
         assert got.isfinite().all(), f"{name}: not finite"
         if expected.numel() == 0:
             continue
-        ulp, rounding = torch.finfo(got.dtype).eps, ROUNDINGS * torch.finfo(dtype).eps
+        ulp, rounding = torch.finfo(got.dtype).eps, ROUNDINGS * (eps or torch.finfo(dtype).eps)
         if got.dim() == 1:
             rounding *= 2
         rounding += 5 * math.sqrt(longest / 24) * torch.finfo(compute_type(dtype)).eps

@@ -15,8 +15,18 @@ from scripts.benchmark_passes import GROUPS, Shape, measured
 CPU = torch.device("cpu")
 
 
-def test_every_kernel_makes_calls_that_the_operator_takes() -> None:
-    assert every_kernel.every(torch.float32, CPU, backend="torch") == 65
+def test_every_kernel_makes_calls_that_the_operators_take() -> None:
+    assert every_kernel.every(torch.float32, CPU, backend="torch", implementation="inplace") == 65 + 92
+
+
+def test_every_kernel_makes_masks_of_each_kind() -> None:
+    """Two tiles of zeros in each, of 64 × 64."""
+    for kind in every_kernel.MASKS:
+        mask = every_kernel.mask_of(kind, (1, 1, 147, 131), torch.bfloat16, CPU)
+        assert mask.dtype == {"float32": torch.float32, "bool": torch.bool}.get(kind, torch.bfloat16)
+        assert mask.shape == (1, 1, 147, 131)
+        assert not mask[..., :128, :64].any()
+        assert mask[..., 64:].any()
 
 
 def test_passes_get_the_arguments_that_a_shape_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +74,7 @@ def test_both_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     every_kernel.main(["--dtypes", "bfloat16"])
     benchmark_passes.main(["norm", "--repeats", "1"])
     out = capsys.readouterr().out
-    assert "bfloat16: 64 calls" in out
+    assert "bfloat16: 124 calls" in out
     assert len(re.findall(r"together \d+\.\d+", out)) == len(GROUPS["norm"])
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from masked_cases import (
     EVERY_WRITING,
+    MASK_LAYOUTS,
     MASKS,
     ODD_BLOCKS,
     SHAPES,
@@ -47,7 +48,9 @@ def test_normal_is_a_writing_of_the_same(mask: str, device: torch.device) -> Non
 
 
 @every_writing
-@pytest.mark.parametrize("mask_layout", ["contiguous", "columns", "transposed", "projection", "expanded"])
+@pytest.mark.parametrize(
+    "mask_layout", ["contiguous", "columns", "transposed", "projection", "expanded", *MASK_LAYOUTS]
+)
 @pytest.mark.parametrize("layout", ["transposed", "projection", "expanded", "columns"])
 def test_inputs_as_a_model_gives_them(layout: str, mask_layout: str, options: dict, device: torch.device) -> None:
     case = masked_case(layout=layout, mask_layout=mask_layout)

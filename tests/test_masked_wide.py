@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ops import masked_wide
 from ops.kernels import for_kernel
-from ops.lightning_cuda import library_unavailable_reason
 from ops.masked_wide import LONG, SQUARE, Slab
 
 Results = dict[str, Tensor]
@@ -49,13 +48,8 @@ RIGHT_BY_PARTS = {2: 2**-13}  # of √(Σ t²): each number is off by 2^-18, and
 
 
 @pytest.fixture
-def device() -> torch.device:
-    """A GPU on which the kernels run."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU: torch.cuda.is_available() is False")
-    if (reason := library_unavailable_reason(torch.cuda.current_device())) is not None:
-        pytest.skip(reason)
-    return torch.device("cuda", torch.cuda.current_device())
+def device(kernel_device: torch.device) -> torch.device:
+    return kernel_device
 
 
 def in_parts(x: Tensor, parts: int) -> Tensor:
