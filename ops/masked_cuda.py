@@ -85,10 +85,9 @@ class _Operands:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, do: Tensor | None = None) -> None:
         self.heads, self.groups, self.dtype = q.shape[1], (k.shape[1], v.shape[1]), q.dtype
         in_float32 = q.dtype == torch.float32
-        exact = in_float32 and torch.get_float32_matmul_precision() == "highest"
         self.wide = max(q.shape[3], v.shape[3]) > (NARROW // 2 if in_float32 else NARROW)
-        self.tf32 = in_float32 and not exact and not self.wide
-        self.parts = 3 if exact else 2 if in_float32 and self.wide else 1
+        self.parts = _parts(q, self.wide)
+        self.tf32 = in_float32 and self.parts == 1
         self.q, self.k, self.v = (_operand(x, self.parts) for x in (q, k, v))
         self.do = q if do is None else _operand(do, self.parts)
         self.mask, self.used = (mask, None) if self.wide else _for_mask(mask, q)
@@ -131,6 +130,15 @@ def _narrow_backward(of: _Operands, wanted: list[bool]) -> tuple[Tensor | None, 
         dv = of.attend(of.k, of.q, of.do, transposed=True, shares=shares) if wanted[2] else None
     dk, dv = (None if x is None else sum_groups(x, groups) for x, groups in zip((dk, dv), of.groups, strict=True))
     return dq, dk, dv
+
+
+def _parts(q: Tensor, wide: bool) -> int:
+    """Of how many bfloat16 numbers each value is made; 1 where it goes in as it is."""
+    if q.dtype != torch.float32:
+        return 1
+    if torch.get_float32_matmul_precision() == "highest":
+        return 3
+    return 2 if wide else 1
 
 
 def _operand(x: Tensor, parts: int) -> Tensor:

@@ -223,8 +223,8 @@ class Numbers(NamedTuple):
 
     @property
     def eps(self) -> float | None:
-        """Of a factor, where it is less than a float32 has: "high" promises 14 bits of two bfloat16 numbers."""
-        return None if self.precision == "highest" else 2.0**-14
+        """Of a factor, where it is more than a float32's: tf32 has 10 bits behind the first."""
+        return None if self.precision == "highest" else 2.0**-10
 
 
 BFLOAT16, FLOAT16, FLOAT32 = Numbers(torch.bfloat16), Numbers(torch.float16), Numbers(torch.float32)

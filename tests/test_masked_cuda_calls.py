@@ -293,18 +293,19 @@ def test_types_and_widths_that_are_not_taken(dtype: torch.dtype, d: int, e: int,
 
 
 @pytest.mark.parametrize(
-    ("dtype", "precision", "parts"),
+    ("dtype", "precision", "of_narrow", "of_wide"),
     [
-        (torch.bfloat16, "high", 1),
-        (torch.float16, "highest", 1),
-        (torch.float32, "highest", 3),
-        (torch.float32, "high", 2),
-        (torch.float32, "medium", 2),
+        (torch.bfloat16, "high", 1, 1),
+        (torch.float16, "highest", 1, 1),
+        (torch.float32, "highest", 3, 3),
+        (torch.float32, "high", 1, 2),
+        (torch.float32, "medium", 1, 2),
     ],
 )
-def test_parts_of_a_number(dtype: torch.dtype, precision: str, parts: int) -> None:
+def test_parts_of_a_number(dtype: torch.dtype, precision: str, of_narrow: int, of_wide: int) -> None:
     with float32_products(precision):
-        assert masked_cuda._parts(torch.empty(1, dtype=dtype)) == parts
+        assert masked_cuda._parts(torch.empty(1, dtype=dtype), wide=False) == of_narrow
+        assert masked_cuda._parts(torch.empty(1, dtype=dtype), wide=True) == of_wide
 
 
 @pytest.mark.parametrize(
