@@ -40,7 +40,7 @@ struct Masked {
   static constexpr int kFit = (226 * 1024 - kProblems * kParts * kXBytes - kStagingBytes) / kStageBytes;
   static constexpr int kStages = kFit < 6 ? kFit : 6;
   static_assert(kStages >= 2);
-  static constexpr int kFirstRegisters = 65536 / kThreads / 8 * 8, kProducerRegisters = kTf32 ? 56 : 40;
+  static constexpr int kFirstRegisters = 65536 / kThreads / 8 * 8, kProducerRegisters = 40;
   static constexpr int kFree = ((kGroups + 1) * kFirstRegisters - kProducerRegisters) / kGroups / 8 * 8;
   static constexpr int kConsumerRegisters = kFree < 240 ? kFree : 240;
 };
@@ -67,7 +67,7 @@ __device__ inline int unit_of_turn(const MaskedParams& p, int& turn) {
   return index < p.units ? index : -1;
 }
 
-// Rounded to tf32, of which the tensor cores read the upper bits alone.
+// Rounded to tf32: of what is not the tensor cores read the upper bits alone, as they do of y.
 __device__ inline uint32_t to_tf32(uint32_t x) {
   uint32_t rounded;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(x)));
@@ -80,8 +80,7 @@ struct alignas(1024) MaskedShared {
   uint8_t stages[T::kStages][T::kStageBytes];  // parts of y, parts of z, the mask
   uint8_t staging[T::kStagingBytes];
   int last[T::kStages];  // whether it is the last one of a unit
-  // Of tf32 a stage is rounded, before it is used, by the three warps that have nothing to copy.
-  Barrier x_full, x_empty, full[T::kStages], rounded[T::kTf32 ? T::kStages : 1], empty[T::kStages];
+  Barrier x_full, x_empty, full[T::kStages], empty[T::kStages];
 };
 
 // One warp: all lanes look for tiles that are used, the first one copies.
@@ -184,28 +183,6 @@ struct MaskedProducer {
     }
   }
 };
-
-// A thread of the other warps of the producer's warpgroup: rounds y where it lies. The tensor cores would cut it off.
-template <class T>
-__device__ void round_stages(const MaskedParams& p, MaskedShared<T>& shared, int thread) {
-  constexpr int kThreads = kWarpgroup - 32;
-  int turn = 0, step = 0;
-  while (unit_of_turn(p, turn) >= 0) {
-    for (bool last = false; !last; ++step) {
-      const int stage = step % T::kStages;
-      shared.full[stage].wait(parity(step, T::kStages));
-      last = shared.last[stage];
-      const uint32_t y = shared_address(shared.stages[stage]);
-#pragma unroll 2
-      for (int at = thread * 16; at < T::kYBytes; at += kThreads * 16) {
-        const uint4 x = load_piece(y + at);
-        store_piece(y + at, make_uint4(to_tf32(x.x), to_tf32(x.y), to_tf32(x.z), to_tf32(x.w)));
-      }
-      fence_for_async();
-      arrive_as_warp(shared.rounded[stage]);
-    }
-  }
-}
 
 // A thread of the warpgroups that multiply.
 template <class T>
@@ -400,7 +377,6 @@ struct MaskedConsumer {
   __device__ bool tile(bool first) {
     const int stage = step % T::kStages;
     shared.full[stage].wait(parity(step, T::kStages));
-    if (T::kTf32) shared.rounded[stage].wait(parity(step, T::kStages));
     const bool last = shared.last[stage];
     Weights weights;
     renew_x();
@@ -473,7 +449,6 @@ __global__ void __launch_bounds__(T::kThreads, 1) masked_kernel(const __grid_con
     shared.x_empty.init(T::kGroups * 4 * kArriving);
     for (int stage = 0; stage < T::kStages; ++stage) {
       shared.full[stage].init(1);
-      if (T::kTf32) shared.rounded[stage].init(3 * kArriving);
       shared.empty[stage].init(T::kGroups * 4 * kArriving);
     }
     fence_barrier_init();
@@ -483,11 +458,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) masked_kernel(const __grid_con
   const int group = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
   if (group == T::kGroups) {
     set_registers<T::kProducerRegisters, T::kFirstRegisters>();
-    const int thread = threadIdx.x % kWarpgroup;
-    if (thread < 32)
-      MaskedProducer<T>{p, shared}.walk(thread);
-    else if constexpr (T::kTf32)
-      round_stages(p, shared, thread - 32);
+    if (threadIdx.x % kWarpgroup < 32) MaskedProducer<T>{p, shared}.walk(threadIdx.x % 32);
   } else {
     set_registers<T::kConsumerRegisters, T::kFirstRegisters>();
     MaskedConsumer<T>(p, shared, group).walk();
