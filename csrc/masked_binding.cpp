@@ -164,18 +164,25 @@ void split(const Tensor& x, const Tensor& out, int64_t parts) {
   check_cuda(run_split(p, stream_of(x)));
 }
 
-void turn(const Tensor& x, const Tensor& out) {
+void turn(const Tensor& x, const std::optional<Tensor>& turned, const std::optional<Tensor>& rounded) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   check_same(x, "x", ScalarType::Float, x);
   TurnParams p{};
   p.x = view_of(x, "x", x.size(1));
   p.heads = x.size(1), p.tokens = x.size(2), p.width = x.size(3), p.padded = (p.tokens + 7) / 8 * 8;
-  check_same(out, "out", ScalarType::Float, x);
-  check_shape(out, "out", {x.size(0), p.heads, p.width, p.padded});
-  CHECK(out.is_contiguous(), "out: expected contiguous");
-  p.out = static_cast<float*>(out.data_ptr());
+  for (const int64_t whole : {p.x.batch, p.x.head, p.x.token, int64_t(p.width)})
+    CHECK(whole % 4 == 0 && reinterpret_cast<uintptr_t>(p.x.data) % 16 == 0, "x: expected rows of whole 16 bytes");
+  const auto memory = [&](const Tensor& out, const char* name, int64_t rows, int64_t columns) {
+    check_same(out, name, ScalarType::Float, x);
+    check_shape(out, name, {x.size(0), p.heads, rows, columns});
+    CHECK(out.is_contiguous() && reinterpret_cast<uintptr_t>(out.data_ptr()) % 16 == 0, name,
+          ": expected contiguous, 16-byte aligned");
+    return static_cast<float*>(out.data_ptr());
+  };
+  if (turned) p.turned = memory(*turned, "turned", p.width, p.padded);
+  if (rounded) p.rounded = memory(*rounded, "rounded", p.tokens, p.width);
   p.pairs = x.size(0) * x.size(1);
-  CHECK(p.pairs * (p.padded / 64 + 1) * (p.width / 32 + 1) < (int64_t(1) << 31), "x: too large");
+  CHECK(p.pairs * (p.padded / 64 + 1) * (p.width / 64 + 1) < (int64_t(1) << 31), "x: too large");
   check_cuda(run_turn(p, stream_of(x)));
 }
 
@@ -187,7 +194,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transnormer_kernels, m) {
       " Tensor(b!)? second_out, int heads, int shares, int parts, bool transposed) -> ()");
   m.def("prepare_mask(Tensor mask, Tensor(a!)? copy, Tensor(b!)? used) -> ()");
   m.def("split(Tensor x, Tensor(a!) out, int parts) -> ()");
-  m.def("turn(Tensor x, Tensor(a!) out) -> ()");
+  m.def("turn(Tensor x, Tensor(a!)? turned, Tensor(b!)? rounded) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transnormer_kernels, CUDA, m) {

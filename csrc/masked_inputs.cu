@@ -93,29 +93,40 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__
   }
 }
 
-// A block turns 64 tokens of 32 columns.
-constexpr int kTurnTokens = 64, kTurnColumns = 32;
+__device__ inline float to_tf32(float x) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
+  return __uint_as_float(rounded);
+}
+
+// A block rounds 64 tokens of 64 columns, and turns them.
+constexpr int kTurn = 64, kFours = kTurn / 4;
 __global__ void __launch_bounds__(kThreads) turn_kernel(const __grid_constant__ TurnParams p) {
-  __shared__ float tile[kTurnColumns][kTurnTokens + 1];
-  const int across = (p.width + kTurnColumns - 1) / kTurnColumns, along = (p.padded + kTurnTokens - 1) / kTurnTokens;
-  const int first_column = blockIdx.x % across * kTurnColumns, first_token = blockIdx.x / across % along * kTurnTokens;
+  __shared__ float tile[kTurn][kTurn + 1];
+  const int across = (p.width + kTurn - 1) / kTurn, along = (p.padded + kTurn - 1) / kTurn;
+  const int first_column = blockIdx.x % across * kTurn, first_token = blockIdx.x / across % along * kTurn;
   const int64_t pair = blockIdx.x / across / along;
   const float* from = static_cast<const float*>(p.x.data) + pair / p.heads * p.x.batch + pair % p.heads * p.x.head;
 #pragma unroll
-  for (int i = threadIdx.x; i < kTurnTokens * kTurnColumns; i += kThreads) {
-    const int token = first_token + i / kTurnColumns, column = first_column + i % kTurnColumns;
+  for (int i = threadIdx.x; i < kTurn * kFours; i += kThreads) {
+    const int token = first_token + i / kFours, column = first_column + i % kFours * 4;
     const bool inside = token < p.tokens && column < p.width;
-    tile[i % kTurnColumns][i / kTurnColumns] = inside ? from[token * p.x.token + column] : 0.f;
+    float4 x = inside ? *reinterpret_cast<const float4*>(from + token * p.x.token + column) : float4{};
+    x = make_float4(to_tf32(x.x), to_tf32(x.y), to_tf32(x.z), to_tf32(x.w));
+    if (p.rounded != nullptr && inside)
+      *reinterpret_cast<float4*>(p.rounded + (pair * p.tokens + token) * p.width + column) = x;
+    float* to = &tile[i % kFours * 4][i / kFours];
+    to[0] = x.x, to[kTurn + 1] = x.y, to[2 * (kTurn + 1)] = x.z, to[3 * (kTurn + 1)] = x.w;
   }
+  if (p.turned == nullptr) return;
   __syncthreads();
 #pragma unroll
-  for (int i = threadIdx.x; i < kTurnTokens * kTurnColumns; i += kThreads) {
-    const int place = i % kTurnTokens, row = i / kTurnTokens;
+  for (int i = threadIdx.x; i < kTurn * kFours; i += kThreads) {
+    const int row = i / kFours, place = i % kFours * 4;
     if (first_token + place >= p.padded || first_column + row >= p.width) continue;
-    const int token = place / 8 * 8 + place % 4 * 2 + place / 4 % 2;
-    uint32_t rounded;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(tile[row][token]));
-    p.out[(pair * p.width + first_column + row) * p.padded + first_token + place] = __uint_as_float(rounded);
+    const float* x = &tile[row][place / 8 * 8 + place / 4 % 2];
+    *reinterpret_cast<float4*>(p.turned + (pair * p.width + first_column + row) * p.padded + first_token + place) =
+        make_float4(x[0], x[2], x[4], x[6]);
   }
 }
 
@@ -145,8 +156,7 @@ cudaError_t run_split(const SplitParams& p, cudaStream_t stream) {
 }
 
 cudaError_t run_turn(const TurnParams& p, cudaStream_t stream) {
-  const int64_t across = (p.width + kTurnColumns - 1) / kTurnColumns;
-  const int64_t blocks = p.pairs * across * ((p.padded + kTurnTokens - 1) / kTurnTokens);
+  const int64_t across = (p.width + kTurn - 1) / kTurn, blocks = p.pairs * across * ((p.padded + kTurn - 1) / kTurn);
   if (blocks == 0) return cudaSuccess;
   turn_kernel<<<dim3(blocks), kThreads, 0, stream>>>(p);
   return cudaGetLastError();

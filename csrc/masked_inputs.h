@@ -28,12 +28,12 @@ struct SplitParams {
 };
 cudaError_t run_split(const SplitParams& p, cudaStream_t stream);
 
-// float32 x (B, heads, T, width), of any strides but the last, as `run_masked_float32` takes z of tf32: (B, heads,
-// width, padded T), rounded, zeros behind the end.
+// float32 x (B, heads, T, width), rows of whole 16 bytes, as `run_masked_float32` takes x and y of tf32, rounded, or z,
+// turned as well: (B, heads, width, padded T), zeros behind the end.
 struct TurnParams {
   View x;
-  float* out;
-  int64_t pairs;  // B × heads
+  float *turned, *rounded;  // either may be null
+  int64_t pairs;            // B × heads
   int heads, tokens, padded, width;
 };
 cudaError_t run_turn(const TurnParams& p, cudaStream_t stream);

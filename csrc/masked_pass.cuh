@@ -67,7 +67,7 @@ __device__ inline int unit_of_turn(const MaskedParams& p, int& turn) {
   return index < p.units ? index : -1;
 }
 
-// Rounded to tf32: of what is not the tensor cores read the upper bits alone, as they do of y.
+// Rounded to tf32, of which the tensor cores read the upper bits alone.
 __device__ inline uint32_t to_tf32(uint32_t x) {
   uint32_t rounded;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(x)));

@@ -91,16 +91,30 @@ class _Operands:
         self.q, self.k, self.v = (_operand(x, self.parts) for x in (q, k, v))
         self.do = q if do is None else _operand(do, self.parts)
         self.mask, self.used = (mask, None) if self.wide else _for_mask(mask, q)
+        # What passes read rounded, and turned: y and z. The backward pass reads q and do in both places.
+        first, second = ([self.k], [self.v]) if do is None else ([self.v, self.q, self.do], [self.k, self.q, self.do])
+        self._reads = tuple({id(x) for x in tensors} for tensors in (first, second))
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(self, x: Tensor, y: Tensor, z: Tensor, *, transposed: bool = False, shares: int = 1) -> Tensor:
         """((x yᵀ) ⊙ M) z, or Mᵀ, (B, H / shares, rows, width), each the sum over `shares` heads."""
         out = z.new_empty((x.shape[0], self.heads // shares, x.shape[2], z.shape[3]), dtype=self.dtype)
         if self.tf32:
-            z = _turned(z)
+            y, z = self._rounded(y)[0], self._rounded(z)[1]
         torch.ops.transnormer_kernels.masked_attend(
             x, y, z, None, self.mask, self.used, out, None, self.heads, shares, self.parts, transposed
         )
         return out
+
+    def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, heads, T, width) as products of tf32 read it, and as (B, heads, width, T and up to 7 more)."""
+        if id(x) not in self._made:
+            rounded = torch.empty_like(x, memory_format=torch.contiguous_format) if id(x) in self._reads[0] else None
+            whole = -(-x.shape[2] // 8) * 8
+            turned = x.new_empty((*x.shape[:2], x.shape[3], whole)) if id(x) in self._reads[1] else None
+            torch.ops.transnormer_kernels.turn(x, turned, rounded)
+            self._made[id(x)] = x if rounded is None else rounded, x if turned is None else turned
+        return self._made[id(x)]
 
     def attend_both(self, shares: int) -> tuple[Tensor, Tensor]:
         """Gradients of k and v, of a 2-byte type, in one pass."""
@@ -153,13 +167,6 @@ def _operand(x: Tensor, parts: int) -> Tensor:
     if more := -x.shape[3] % 4:
         x = F.pad(x, (0, more))
     return x if _whole(x) else x.clone(memory_format=torch.contiguous_format)
-
-
-def _turned(z: Tensor) -> Tensor:
-    """z (B, heads, T, width) of float32 as products of tf32 read it, (B, heads, width, T and up to 7 more)."""
-    out = z.new_empty((*z.shape[:2], z.shape[3], -(-z.shape[2] // 8) * 8))
-    torch.ops.transnormer_kernels.turn(z, out)
-    return out
 
 
 def _for_mask(mask: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None]:
