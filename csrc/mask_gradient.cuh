@@ -62,7 +62,8 @@ struct GradientMaker : PartsConsumer<T> {
   __device__ GradientMaker(const MaskGradientParams& p, WideShared<T>& shared, int group)
       : PartsConsumer<T>(shared, group), p(p) {}
 
-  __device__ void make(const GradientUnit& unit) {
+  __device__ void make(int index) {
+    const GradientUnit unit(p, index, T::kRows, T::kN);
     float scores[T::kN / 2], sum[T::kN / 2] = {};
     for (int pair = unit.first; pair < unit.end; ++pair) {
       this->template product<0, 0>((p.d + kPanel - 1) / kPanel);
@@ -113,18 +114,8 @@ struct GradientMaker : PartsConsumer<T> {
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1) mask_gradient_kernel(const __grid_constant__ MaskGradientParams p) {
-  extern __shared__ __align__(1024) uint8_t memory[];
-  auto& shared = *reinterpret_cast<WideShared<T>*>(memory);
-  init_barriers(shared);
-  by_role<T>(
-      [&] {
-        Producer<T> me{shared};
-        each_unit(p.units, [&](int unit) { produce_gradient<T>(p, me, GradientUnit(p, unit, T::kRows, T::kN)); });
-      },
-      [&](int group) {
-        GradientMaker<T> me(p, shared, group);
-        each_unit(p.units, [&](int unit) { me.make(GradientUnit(p, unit, T::kRows, T::kN)); });
-      });
+  work_through<T, GradientMaker<T>>(
+      p, [&](Producer<T>& me, int unit) { produce_gradient<T>(p, me, GradientUnit(p, unit, T::kRows, T::kN)); });
 }
 
 // Adds up what shares made, one after another.

@@ -1,71 +1,12 @@
 // Masked linear attention of narrow heads, out = ((x yᵀ) ⊙ M) z: equation (10) of README.md.
 //
-// A block keeps rows of x and their sums of out in registers, a warpgroup 64 of each, and one warp copies tiles of y, z
-// and M to a ring of stages. No softmax: scores are final as soon as they are made.
+// A block keeps rows of x in shared memory and their sums of out in registers, a warpgroup 64 of each, and one warp
+// copies tiles of y, z and M to a ring of stages. No softmax: scores are final as soon as they are made.
 #pragma once
 
-#include "async.cuh"
-#include "masked.h"
+#include "masked_fetch.cuh"
 #include "put_out.cuh"
 #include "wgmma.cuh"
-
-// kProblems: 1 or 2; kParts: how many bfloat16 numbers a value is split in; kGroups: warpgroups that multiply; kN:
-// columns of a stage.
-template <class Element_, class Weight_, int kWidth_, int kProblems_, int kParts_, int kGroups_, int kN_>
-struct Masked {
-  using Element = Element_;
-  using Weight = Weight_;  // of the mask, Element or float
-  static constexpr int kWidth = kWidth_, kProblems = kProblems_, kParts = kParts_, kGroups = kGroups_, kN = kN_;
-  static constexpr bool kTf32 = std::is_same_v<Element, float>;
-  static constexpr int kPanelColumns = kPanelRow / int(sizeof(Element));
-  static constexpr int kRows = 64 * kGroups, kPanels = kWidth / kPanelColumns;
-  static constexpr int kThreads = (kGroups + 1) * kWarpgroup;
-  // The tensor cores cut sums off where they should round: where that counts, long ones are made outside.
-  static constexpr bool kOutside = kParts == 3;
-  static constexpr bool kFloat = kParts > 1 || kTf32, kFloatMask = std::is_same_v<Weight, float>;
-  // Of float32 x is read from registers: a product 64 wide is else bound by shared memory.
-  static constexpr bool kKeepX = kFloat;
-  // Problems whose scores are made at a time: registers hold no more of wide ones.
-  static constexpr int kTogether = kWidth == 64 && kN == 64 ? kProblems : 1;
-  static constexpr int kXPanelBytes = kRows * kPanelRow, kYPanelBytes = kN * kPanelRow;
-  static constexpr int kXBytes = kPanels * kXPanelBytes, kYBytes = kPanels * kYPanelBytes;
-  // Tensor cores take 4-byte numbers along the sum alone: z comes transposed, its columns along rows.
-  static constexpr int kZPanels = kTf32 ? kN / kPanelColumns : kPanels;
-  static constexpr int kZPanelBytes = (kTf32 ? kWidth : kN) * kPanelRow;
-  static_assert(kZPanels * kZPanelBytes == kYBytes);
-  static constexpr int kMaskPanel = kPanelRow / int(sizeof(Weight));  // columns of a panel of the mask
-  static constexpr int kMaskBytes = kRows * kN * int(sizeof(Weight));
-  static constexpr int kStageBytes = 2 * kParts * kYBytes + kMaskBytes;
-  static constexpr int kStagingBytes = kFloat ? 1024 : kGroups * kPanelBytes;
-  static constexpr int kFit = (226 * 1024 - kProblems * kParts * kXBytes - kStagingBytes) / kStageBytes;
-  static constexpr int kStages = kFit < 6 ? kFit : 6;
-  static_assert(kStages >= 2);
-  static constexpr int kFirstRegisters = 65536 / kThreads / 8 * 8, kProducerRegisters = 40;
-  static constexpr int kFree = ((kGroups + 1) * kFirstRegisters - kProducerRegisters) / kGroups / 8 * 8;
-  static constexpr int kConsumerRegisters = kFree < 240 ? kFree : 240;
-};
-
-// A tile of rows of out.
-struct MaskedUnit {
-  int batch, head, first;  // head: of out; first: row
-
-  // Tiles of rows of some heads are neighbours: those at work at a time read the same of the mask, and of y and z.
-  __device__ MaskedUnit(const MaskedParams& p, int index, int tile_rows) {
-    const int heads = p.heads / p.shares, pairs = p.batch * heads, per_group = kPairsTogether * p.row_tiles;
-    const int group = index / per_group, rest = index % per_group;
-    const int together = min(kPairsTogether, pairs - group * kPairsTogether);
-    const int pair = group * kPairsTogether + rest % together;
-    batch = pair / heads, head = pair % heads, first = rest / together * tile_rows;
-  }
-};
-
-// The block's units: its turns go forth and back, so that all blocks have as much where work grows along the order.
-// Returns -1 behind the last one.
-__device__ inline int unit_of_turn(const MaskedParams& p, int& turn) {
-  const int blocks = gridDim.x, at = turn % 2 ? blocks - 1 - blockIdx.x : blockIdx.x, index = turn * blocks + at;
-  ++turn;
-  return index < p.units ? index : -1;
-}
 
 // Rounded to tf32, of which the tensor cores read the upper bits alone.
 __device__ inline uint32_t to_tf32(uint32_t x) {
@@ -73,116 +14,6 @@ __device__ inline uint32_t to_tf32(uint32_t x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(x)));
   return rounded;
 }
-
-template <class T>
-struct alignas(1024) MaskedShared {
-  uint8_t x[T::kProblems][T::kParts][T::kXBytes];
-  uint8_t stages[T::kStages][T::kStageBytes];  // parts of y, parts of z, the mask
-  uint8_t staging[T::kStagingBytes];
-  int last[T::kStages];  // whether it is the last one of a unit
-  Barrier x_full, x_empty, full[T::kStages], empty[T::kStages];
-};
-
-// One warp: all lanes look for tiles that are used, the first one copies.
-template <class T>
-struct MaskedProducer {
-  const MaskedParams& p;
-  MaskedShared<T>& shared;
-  int step = 0, number = 0;  // stages and units so far
-
-  // Panels of `rows` rows from `token` on; each is one box, or all are.
-  __device__ static void copy(uint8_t* to, int panels, int panel_bytes, const TiledTensor& from, Barrier& barrier,
-                              int first_panel, int panel_columns, int token, int head, int batch) {
-    if (from.at_once) {
-      copy_box(to, from.map, barrier, Keep::kNormal, {0, token, first_panel, head, batch});
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < panels; ++i)
-        copy_box(to + i * panel_bytes, from.map, barrier, Keep::kNormal,
-                 {(first_panel + i) * panel_columns, token, 0, head, batch});
-    }
-  }
-  __device__ static void copy_parts(uint8_t* to, int bytes, int panel_bytes, const TiledTensor& from, Barrier& barrier,
-                                    int token, int head, int batch) {
-    for (int part = 0; part < T::kParts; ++part)
-      copy(to + part * bytes, T::kPanels, panel_bytes, from, barrier, 0, T::kPanelColumns, token,
-           head / from.group * T::kParts + part, batch * from.batch);
-  }
-  __device__ void copy_z(uint8_t* to, Barrier& barrier, int column, int head, int batch) {
-    if constexpr (T::kTf32)
-      copy(to, T::kZPanels, T::kZPanelBytes, p.z, barrier, column / T::kPanelColumns, T::kPanelColumns, 0,
-           head / p.z.group, batch * p.z.batch);
-    else
-      copy_parts(to, T::kYBytes, T::kYPanelBytes, p.z, barrier, column, head, batch);
-  }
-
-  __device__ void rows(const MaskedUnit& unit) {
-    if (number > 0) shared.x_empty.wait((number - 1) & 1);
-    ++number;
-    shared.x_full.arrive_expecting(sizeof(shared.x));
-    for (int problem = 0; problem < T::kProblems; ++problem)
-      copy_parts(shared.x[problem][0], T::kXBytes, T::kXPanelBytes, p.problems[problem].x, shared.x_full, unit.first,
-                 unit.head * p.shares, unit.batch);
-  }
-
-  __device__ void tile(const MaskedUnit& unit, int head, int tile, bool last) {
-    const int stage = step % T::kStages, column = tile * T::kN;
-    if (step >= T::kStages) shared.empty[stage].wait(parity(step, T::kStages) ^ 1);
-    ++step;
-    shared.last[stage] = last;
-    Barrier& full = shared.full[stage];
-    full.arrive_expecting(T::kStageBytes);
-    uint8_t* to = shared.stages[stage];
-    copy_parts(to, T::kYBytes, T::kYPanelBytes, p.y, full, column, head, unit.batch);
-    to += T::kParts * T::kYBytes;
-    copy_z(to, full, column, head, unit.batch);
-    to += T::kParts * T::kYBytes;
-    const int mask_head = head / p.mask.group, mask_batch = unit.batch * p.mask.batch;
-    if (p.transposed)
-      copy(to, T::kRows / T::kMaskPanel, T::kN * kPanelRow, p.mask, full, unit.first / T::kMaskPanel, T::kMaskPanel,
-           column, mask_head, mask_batch);
-    else
-      copy(to, T::kN / T::kMaskPanel, T::kRows * kPanelRow, p.mask, full, column / T::kMaskPanel, T::kMaskPanel,
-           unit.first, mask_head, mask_batch);
-  }
-
-  // Whether a tile of columns has weights that are not zero.
-  __device__ bool used(const MaskedUnit& unit, int head, int tile) const {
-    if (tile * T::kN >= p.columns) return false;
-    if (p.used == nullptr) return true;
-    const int row = unit.first / kMaskTile, column = tile * (T::kN / kMaskTile);
-    const int first_row = p.transposed ? column : row, first_column = p.transposed ? row : column;
-    const int rows = p.transposed ? T::kN / kMaskTile : T::kGroups, columns = p.transposed ? T::kGroups : T::kN / 64;
-    const int entry = unit.batch * p.mask.batch * p.used_heads + head / p.mask.group;
-    bool found = false;
-    for (int i = first_row; i < min(first_row + rows, p.used_rows); ++i)
-      for (int j = first_column; j < min(first_column + columns, p.used_columns); ++j)
-        found |= p.used[(int64_t(entry) * p.used_rows + i) * p.used_columns + j] != 0;
-    return found;
-  }
-
-  __device__ void walk(int lane) {
-    const int tiles = (p.columns + T::kN - 1) / T::kN;
-    int turn = 0;
-    for (int index; (index = unit_of_turn(p, turn)) >= 0;) {
-      const MaskedUnit unit(p, index, T::kRows);
-      if (lane == 0) rows(unit);
-      // A tile is copied when the next one is found, or the end: it says which it is.
-      int before_head = unit.head * p.shares, before = -1;
-      for (int share = 0; share < p.shares; ++share) {
-        const int head = unit.head * p.shares + share;
-        for (int first = 0; first < tiles; first += 32) {
-          for (unsigned list = __ballot_sync(~0u, used(unit, head, first + lane)); list != 0; list &= list - 1) {
-            if (lane == 0 && before >= 0) tile(unit, before_head, before, false);
-            before_head = head, before = first + __ffs(list) - 1;
-          }
-        }
-      }
-      if (lane == 0) tile(unit, before_head, max(before, 0), true);
-      __syncwarp();
-    }
-  }
-};
 
 // A thread of the warpgroups that multiply.
 template <class T>
@@ -464,13 +295,6 @@ __global__ void __launch_bounds__(T::kThreads, 1) masked_kernel(const __grid_con
     MaskedConsumer<T>(p, shared, group).walk();
   }
 }
-
-template <class Element, class Weight, int kWidth, int kProblems, int kParts>
-struct MaskedOf {
-  static constexpr MaskedTile kTile =
-      masked_tile(kWidth, kProblems, kParts, std::is_same_v<Element, float>, std::is_same_v<Weight, float>);
-  using T = Masked<Element, Weight, kWidth, kProblems, kParts, kTile.groups, kTile.columns>;
-};
 
 template <class Of>
 cudaError_t launch_masked(MaskedParams& p, int multiprocessors, cudaStream_t stream) {

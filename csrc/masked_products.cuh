@@ -53,7 +53,8 @@ struct ProductMaker : PartsConsumer<T> {
   __device__ ProductMaker(const MaskedProductsParams& p, WideShared<T>& shared, int group)
       : PartsConsumer<T>(shared, group), p(p) {}
 
-  __device__ void make(const ProductUnit<T>& unit) {
+  __device__ void make(int index) {
+    const ProductUnit<T> unit(p, index);
     const MaskedProduct& of = p.products[unit.output];
     const int blocks = (of.tokens + T::kDepth - 1) / T::kDepth;
     if (of.transposed)
@@ -67,7 +68,8 @@ struct ProductMaker : PartsConsumer<T> {
     if constexpr (T::kParts == 1)
       this->put_out(static_cast<Element*>(of.out) + at, rows, columns, of.width);
     else
-      store(static_cast<float*>(of.out) + at, rows, columns, of.width);
+      put_out_rows<T::kPanels>(this->acc, static_cast<float*>(of.out) + at + int64_t(this->group * 64) * of.width,
+                               rows - this->group * 64, columns, of.width);
   }
 
   // With what slabs before have added; whether it is the whole sum, else it is kept for the next.
@@ -85,37 +87,13 @@ struct ProductMaker : PartsConsumer<T> {
     }
     return of.ends;
   }
-
-  // To memory in float32, the first rows and columns that count, of rows `width` apart.
-  __device__ void store(float* to, int rows, int columns, int width) {
-    const Lane at;
-    const int row = this->group * 64 + at.row;
-    to += int64_t(row) * width + at.pair;
-    rows -= row, columns -= at.pair;
-#pragma unroll
-    for (int x = 0; x < T::kN / 2; x += 2) {
-      const int below = x / 2 % 2 * 8, column = x / 4 * 8;
-      if (below < rows && column < columns)
-        *reinterpret_cast<float2*>(to + int64_t(below) * width + column) = make_float2(this->acc[x], this->acc[x + 1]);
-    }
-  }
 };
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1)
     masked_products_kernel(const __grid_constant__ MaskedProductsParams p) {
-  extern __shared__ __align__(1024) uint8_t memory[];
-  auto& shared = *reinterpret_cast<WideShared<T>*>(memory);
-  init_barriers(shared);
-  by_role<T>(
-      [&] {
-        Producer<T> me{shared};
-        each_unit(p.units, [&](int unit) { produce_product<T>(p, me, ProductUnit<T>(p, unit)); });
-      },
-      [&](int group) {
-        ProductMaker<T> me(p, shared, group);
-        each_unit(p.units, [&](int unit) { me.make(ProductUnit<T>(p, unit)); });
-      });
+  work_through<T, ProductMaker<T>>(
+      p, [&](Producer<T>& me, int unit) { produce_product<T>(p, me, ProductUnit<T>(p, unit)); });
 }
 
 template <class Element>

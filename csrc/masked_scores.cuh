@@ -53,7 +53,8 @@ struct ScoresMaker : PartsConsumer<T> {
   __device__ ScoresMaker(const MaskedScoresParams& p, WideShared<T>& shared, int group)
       : PartsConsumer<T>(shared, group), p(p) {}
 
-  __device__ void make(const ScoresUnit<T>& unit) {
+  __device__ void make(int index) {
+    const ScoresUnit<T> unit(p, index);
     const MaskedScores& of = p.scores[unit.output];
     this->template product<0, 0>((of.depth + kPanel - 1) / kPanel);
     weigh(unit);
@@ -146,18 +147,8 @@ struct ScoresMaker : PartsConsumer<T> {
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1) masked_scores_kernel(const __grid_constant__ MaskedScoresParams p) {
-  extern __shared__ __align__(1024) uint8_t memory[];
-  auto& shared = *reinterpret_cast<WideShared<T>*>(memory);
-  init_barriers(shared);
-  by_role<T>(
-      [&] {
-        Producer<T> me{shared};
-        each_unit(p.units, [&](int unit) { produce_scores<T>(p, me, ScoresUnit<T>(p, unit)); });
-      },
-      [&](int group) {
-        ScoresMaker<T> me(p, shared, group);
-        each_unit(p.units, [&](int unit) { me.make(ScoresUnit<T>(p, unit)); });
-      });
+  work_through<T, ScoresMaker<T>>(p,
+                                  [&](Producer<T>& me, int unit) { produce_scores<T>(p, me, ScoresUnit<T>(p, unit)); });
 }
 
 template <class Element>

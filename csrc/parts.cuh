@@ -62,6 +62,24 @@ __device__ void each_unit(int64_t units, Make make) {
   for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) make(int(unit));
 }
 
+// What a block does with all its units: produce(producer, unit) by the thread that copies, Maker::make(unit) by the
+// warpgroups that multiply.
+template <class T, class Maker, class Params, class Produce>
+__device__ void work_through(const Params& p, Produce produce) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  auto& shared = *reinterpret_cast<WideShared<T>*>(memory);
+  init_barriers(shared);
+  by_role<T>(
+      [&] {
+        Producer<T> me{shared};
+        each_unit(p.units, [&](int unit) { produce(me, unit); });
+      },
+      [&](int group) {
+        Maker me(p, shared, group);
+        each_unit(p.units, [&](int unit) { me.make(unit); });
+      });
+}
+
 // run(T), with the sizes of a tile of operands in so many parts.
 template <class Element, class Run>
 cudaError_t with_parts(WideTile tile, int parts, Run run) {

@@ -35,14 +35,14 @@ class Lengths(NamedTuple):
     of_k: Tensor
 
 
-def unavailable_reason(q: Tensor, v: Tensor) -> str | None:
-    """Why the kernels can't take a call with these q and v, or None."""
+def unavailable_reason(q: Tensor, v: Tensor, widest: int = MAX_WIDTH) -> str | None:
+    """Why the kernels can't take a call with these q and v, or None; `widest`: heads that they take."""
     if not q.is_cuda:
         return f"q is on {q.device}, the kernels run on a CUDA GPU"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"q is {str(q.dtype)[6:]}, the kernels take float32, bfloat16 and float16"
-    if max(q.shape[3], v.shape[3]) > MAX_WIDTH:
-        return f"a head is {max(q.shape[3], v.shape[3])} wide, the kernels take up to {MAX_WIDTH}"
+    if max(q.shape[3], v.shape[3]) > widest:
+        return f"a head is {max(q.shape[3], v.shape[3])} wide, the kernels take up to {widest}"
     return library_unavailable_reason(q.device.index)
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import for_kernel, multiprocessors, rows_contiguous, sum_groups, unit_length
-from .lightning_cuda import library_unavailable_reason
+from .lightning_cuda import unavailable_reason as kernels_unavailable_reason
 from .masked_wide import backward as wide_backward
 from .masked_wide import forward as wide_forward
 from .masked_wide import mask_gradient
@@ -31,13 +31,7 @@ SHARED = 4  # heads and rows of the batch that share a mask, from which on it is
 
 def unavailable_reason(q: Tensor, v: Tensor) -> str | None:
     """Why the kernels can't take a call with these q and v, or None."""
-    if not q.is_cuda:
-        return f"q is on {q.device}, the kernels run on a CUDA GPU"
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"q is {str(q.dtype)[6:]}, the kernels take float32, bfloat16 and float16"
-    if max(q.shape[3], v.shape[3]) > MAX_WIDTH:
-        return f"a head is {max(q.shape[3], v.shape[3])} wide, the kernels take up to {MAX_WIDTH}"
-    return library_unavailable_reason(q.device.index)
+    return kernels_unavailable_reason(q, v, MAX_WIDTH)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, qk_norm: bool) -> Tensor:
