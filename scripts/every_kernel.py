@@ -2,7 +2,7 @@
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from unittest import mock
 
@@ -20,6 +20,7 @@ from ops import (
 )
 
 DTYPES = ["bfloat16", "float16", "float32"]
+OPERATORS = ["lightning", "masked"]
 WIDTHS = [(64, 64), (128, 128), (256, 64), (40, 24), (136, 200), (200, 136)]
 # For what some widths alone need: rows not aligned, unit length outside of passes.
 MORE_WIDTHS = [(7, 33), (7, 136), (40, 136), (128, 136), (24, 24), (1032, 8)]
@@ -173,20 +174,30 @@ def every_wide(dtype: torch.dtype, device: torch.device, implementation: str) ->
 def every_masked(dtype: torch.dtype, device: torch.device, implementation: str) -> int:
     """How many calls of `flash_linear_attention` there were."""
     calls = 0
-    for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):  # in three parts, and in two
+    for precision in (
+        ("highest", "high") if dtype == torch.float32 else ("highest",)
+    ):  # in three parts, and as tf32 or in two
         with float32_products(precision):
             calls += every_narrow(dtype, device, implementation) + every_wide(dtype, device, implementation)
     return calls
 
 
-def every(dtype: torch.dtype, device: torch.device, backend: str = "cuda", implementation: str = "cuda") -> int:
-    """How many calls of the two operators there were."""
-    return every_lightning(dtype, device, backend) + every_masked(dtype, device, implementation)
+def every(
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str = "cuda",
+    implementation: str = "cuda",
+    operators: Sequence[str] = OPERATORS,
+) -> int:
+    """How many calls of the operators there were."""
+    calls = every_lightning(dtype, device, backend) if "lightning" in operators else 0
+    return calls + (every_masked(dtype, device, implementation) if "masked" in operators else 0)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.every_kernel", description=__doc__)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS)
     parser.add_argument("--fill", action="store_true", help="fill memory that PyTorch hands out, for initcheck")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -195,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     for name in args.dtypes:
-        calls = every(getattr(torch, name), torch.device("cuda"))
+        calls = every(getattr(torch, name), torch.device("cuda"), operators=args.operators)
         torch.cuda.synchronize()
         print(f"{name}: {calls} calls")
 
