@@ -65,9 +65,12 @@ def sum_groups(x: Tensor, groups: int) -> Tensor:
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Cast to autocast's type where it is on, as it does for matrix products; what is no float, or float64, stays."""
+    """Cast to autocast's type where it is on, as it does for matrix products; what is no float stays.
+
+    Where the first is float64 all stay, as they do in matrix products.
+    """
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     narrow = (torch.float32, torch.bfloat16, torch.float16)

@@ -167,6 +167,15 @@ def test_autocast_casts_the_inputs_and_nothing_inside(mask: str, options: dict, 
         assert torch.equal(x, expected[name].to(x.dtype)), name
 
 
+def test_autocast_leaves_a_float32_mask_of_float64_as_it_is(device: torch.device) -> None:
+    tensors = arguments(masked_case(mask="full"), device)
+    tensors["mask"] = tensors["mask"].float()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        actual = flash_linear_attention(**tensors)
+    assert actual.dtype == torch.float64
+    assert torch.equal(actual, flash_linear_attention(**tensors))
+
+
 def test_autocast_takes_a_mask_of_floats_beside_what_a_layer_made_narrow(device: torch.device) -> None:
     tensors = arguments(masked_case(mask="full"), device, torch.float32)
     mask = tensors["mask"]
