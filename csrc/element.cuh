@@ -11,6 +11,13 @@ struct alignas(kWidth * sizeof(Element)) Pack {
   Element values[kWidth];
 };
 
+// Rounded to tf32, of which the tensor cores read the upper bits alone.
+__device__ inline uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
 // run(element), with an element of the type.
 template <class Run>
 cudaError_t with_element(ElementType type, Run run) {

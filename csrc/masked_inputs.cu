@@ -93,12 +93,6 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__
   }
 }
 
-__device__ inline float to_tf32(float x) {
-  uint32_t rounded;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
-  return __uint_as_float(rounded);
-}
-
 // A block rounds 64 tokens of 64 columns, and turns them.
 constexpr int kTurn = 64, kFours = kTurn / 4;
 __global__ void __launch_bounds__(kThreads) turn_kernel(const __grid_constant__ TurnParams p) {
@@ -112,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) turn_kernel(const __grid_constant__ 
     const int token = first_token + i / kFours, column = first_column + i % kFours * 4;
     const bool inside = token < p.tokens && column < p.width;
     float4 x = inside ? *reinterpret_cast<const float4*>(from + token * p.x.token + column) : float4{};
-    x = make_float4(to_tf32(x.x), to_tf32(x.y), to_tf32(x.z), to_tf32(x.w));
+    for (float* value : {&x.x, &x.y, &x.z, &x.w}) *value = __uint_as_float(to_tf32(*value));
     if (p.rounded != nullptr && inside)
       *reinterpret_cast<float4*>(p.rounded + (pair * p.tokens + token) * p.width + column) = x;
     float* to = &tile[i % kFours * 4][i / kFours];

@@ -4,16 +4,11 @@
 // copies tiles of y, z and M to a ring of stages. No softmax: scores are final as soon as they are made.
 #pragma once
 
+#include "element.cuh"
 #include "masked_fetch.cuh"
 #include "put_out.cuh"
+#include "split.cuh"
 #include "wgmma.cuh"
-
-// Rounded to tf32, of which the tensor cores read the upper bits alone.
-__device__ inline uint32_t to_tf32(uint32_t x) {
-  uint32_t rounded;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(x)));
-  return rounded;
-}
 
 // A thread of the warpgroups that multiply.
 template <class T>
@@ -61,19 +56,10 @@ struct MaskedConsumer {
       address += step / 4 * T::kXPanelBytes + at.pair * 2;
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        to[i] = to_tf32(load_word(address + piece_offset(at.row + i % 2 * 8, step % 4 * 2 + i / 2)));
+        to[i] = to_tf32(__uint_as_float(load_word(address + piece_offset(at.row + i % 2 * 8, step % 4 * 2 + i / 2))));
     } else {
       load_blocks<false>(to, address + at.block(step));
     }
-  }
-
-  // The products of parts a and b for which a + b < kParts, the smallest first: use(a, b).
-  template <class Use>
-  __device__ static void each_product(Use use) {
-#pragma unroll
-    for (int sum = T::kParts - 1; sum >= 0; --sum)
-#pragma unroll
-      for (int a = 0; a <= sum; ++a) use(a, sum - a);
   }
 
   // Real instructions, which change nothing: the compiler (nvcc 13.0) would take left operands that stay the same in a
@@ -91,7 +77,7 @@ struct MaskedConsumer {
     wgmma_hold(to);
     wgmma_fence();
     int add = 0;
-    each_product([&](int a, int b) {
+    each_product<T::kParts>([&](int a, int b) {
       const uint32_t y = stream(stage, problem, b);
 #pragma unroll
       for (int i = 0; i < kSteps; ++i, add = 1) {
@@ -154,8 +140,8 @@ struct MaskedConsumer {
         pair = unpack<Element>(weights[i / 4][i % 4]);
       pair.x *= of[2 * i], pair.y *= of[2 * i + 1];
       if constexpr (T::kTf32) {  // neighbours stand at 0 and 4 of 8 along the sum: z has them so
-        weighed[0][i / 2][i % 2] = to_tf32(__float_as_uint(pair.x));
-        weighed[0][i / 2][i % 2 + 2] = to_tf32(__float_as_uint(pair.y));
+        weighed[0][i / 2][i % 2] = to_tf32(pair.x);
+        weighed[0][i / 2][i % 2 + 2] = to_tf32(pair.y);
       } else {
 #pragma unroll
         for (int part = 0; part < T::kParts; ++part) {
@@ -176,7 +162,7 @@ struct MaskedConsumer {
     for (int part = 0; part < T::kParts; ++part) wgmma_hold(weighed[part]);
     wgmma_hold(to);
     wgmma_fence();
-    each_product([&](int a, int b) {
+    each_product<T::kParts>([&](int a, int b) {
       const uint32_t z = stream(stage, 1 - problem, b);
 #pragma unroll
       for (int i = 0; i < kZSteps; ++i, add = 1) {

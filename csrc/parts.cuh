@@ -1,10 +1,8 @@
-// Products of float32 numbers in parts: x = x_0 + x_1 (+ x_2), each the rest rounded to bfloat16.
-//
-// Such a product is the sum of those of parts a and b with a + b < parts: 3 for 2 parts, 6 for 3. What is left out is
-// as small as what the last part rounds away.
+// Large products of wide heads whose operands may be float32 numbers in parts, and how blocks share them out.
 #pragma once
 
 #include "masked_wide.h"
+#include "split.cuh"
 #include "wide.cuh"
 
 // Sizes of a tile, of operands in kParts; 1: of a 2-byte type, as they are.
@@ -13,13 +11,6 @@ struct InParts : Wide<Element, kGroups, kN> {
   static constexpr int kParts = kParts_, kProducts = kParts * (kParts + 1) / 2;
   static_assert(kParts == 1 || std::is_same_v<Element, __nv_bfloat16>);
 };
-
-// visit(a, b) for each product, the smallest first.
-template <int kParts, class Visit>
-__device__ void each_product(Visit visit) {
-  for (int order = kParts - 1; order >= 0; --order)
-    for (int a = 0; a <= order; ++a) visit(a, order - a);
-}
 
 // A head of a tensor (B, heads × parts, T, width).
 __device__ inline HeadOf part_of(const TiledTensor& tensor, int head, int batch, int parts, int part) {

@@ -12,10 +12,8 @@
 
 #include <climits>
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "decay.cuh"
+#include "element.cuh"
 #include "params.h"
 #include "segments.cuh"
 
@@ -30,12 +28,6 @@ struct Tiles {
   int first_bad[kTileE], last_bad[kTileE];  // token whose value is not finite, of each column of v
   float sums[kBlockThreads / 32];
 };
-
-__device__ inline uint32_t to_tf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return y;
-}
 
 __device__ inline void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(

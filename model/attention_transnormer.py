@@ -4,6 +4,7 @@ Source: Qin et al. 2023, "TransNormerLLM: A Faster and Better Large Language Mod
 arXiv:2307.14995. Dims: B batch, H query heads, G key/value heads, T tokens, D head width, C hidden size.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class LinearizedRelativePosition(nn.Module):
         return angle.cos(), angle.sin()
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, ABC):
     """Projections, positional encoding, the operator, norm over the joined heads, gate, output projection.
 
     Kinds differ in `attend` alone: the operator, and what it is told of the sequences in a batch.
@@ -132,9 +133,9 @@ class Attention(nn.Module):
         q, k = (torch.cat([x * cos, x * sin], dim=-1).to(x.dtype) for x in (q, k))
         return q, k
 
+    @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Any, cache: Any) -> Tensor:
         """The operator: q (B, H, T, D), k and v (B, G, T, D), with LRPE q and k (B, H, T, 2D); returns (B, H, T, D)."""
-        raise NotImplementedError
 
 
 class LightningAttention(Attention):

@@ -98,6 +98,7 @@ def pair_documents(packing: Packing, batch: int, tokens: int) -> Pairs:
     documents = packing.documents(batch * tokens).view(batch, tokens)
     position = packing.positions(batch * tokens).view(batch, tokens)
     pairs = pair_tokens(tokens, tokens, documents.device, documents=documents)
+    position = position.long()  # as elsewhere: a function may multiply it
     return pairs._replace(query=position[:, None, :, None], key=position[:, None, None])
 
 

@@ -4,7 +4,7 @@ One kernel computes out = ((x yᵀ) ⊙ M) z, and without a softmax the gradient
     o  = ((q kᵀ) ⊙ M) v
     dq = ((do vᵀ) ⊙ M) k
     dv = ((k qᵀ) ⊙ Mᵀ) do
-    dk = ((v doᵀ) ⊙ Mᵀ) q         with dv in one pass: both read q, do and the mask
+    dk = ((v doᵀ) ⊙ Mᵀ) q         in 2-byte types with dv in one pass: both read q, do and the mask
 Nothing is saved but the inputs, and no sum depends on the order in which blocks run. Wide heads and the mask's gradient
 have kernels of their own. `csrc/README.md` has the equations.
 """
@@ -63,10 +63,7 @@ def backward(
     dq, dk, dv = (None if x is None else x[..., :width] for x, width in zip(grads, widths, strict=True))
     if qk_norm:
         dq, dk = (None if grad is None else unit_length(x, grad) for x, grad in ((given_q, dq), (given_k, dk)))
-    dmask = None
-    if wanted[3]:
-        dmask = operands.mask_gradient(mask)
-    return [dq, dk, dv, dmask]
+    return [dq, dk, dv, operands.mask_gradient(mask) if wanted[3] else None]
 
 
 class _Operands:
@@ -123,7 +120,7 @@ class _Operands:
         parts = 2 if self.tf32 else self.parts
         tensors = self.do, self.q, self.k, self.v
         do, q, k, v = (_operand(x, parts) for x in tensors) if self.tf32 else tensors
-        return mask_gradient(do, q, k, v, mask, parts, multiprocessors(mask.device))
+        return mask_gradient(do, q, k, v, mask, parts)
 
 
 def _narrow_backward(of: _Operands, wanted: list[bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

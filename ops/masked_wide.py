@@ -8,7 +8,7 @@ queries and keys of one pair:
     products   o = P v, dq = A k, dk = Aᵀ q, dv = Pᵀ do
 
 float32 goes in as bfloat16 parts that add up to it, (B, heads × parts, T, width), contiguous, the part as the inner of
-the two; `parts` is their number, 2 or 3, and 0 for 2-byte types, which go in as `for_kernel` makes them.
+the two; `parts` is their number, 2 or 3, and 1 for 2-byte types, which go in as `for_kernel` makes them.
 """
 
 import math
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, parts: int) -> Tensor:
     """o (B, H, Lq, E) in v's type, or in float32 from parts; E as in v."""
-    heads, parts = q.shape[1] // max(parts, 1), max(parts, 1)
+    heads = q.shape[1] // parts
     o = _output(q, v, heads, q.shape[2], parts)
     plan = _plan(q, mask, heads, parts, 1, [(False, v.shape[3])])
     sums = _Sums(plan, {"o": (False, v.shape[3])}, q)
@@ -73,7 +73,7 @@ def backward(
     wanted: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, those that are wanted, in their type, or in float32 from parts; widths as they are."""
-    heads, parts = q.shape[1] // max(parts, 1), max(parts, 1)
+    heads = q.shape[1] // parts
     if not any(wanted):
         return None, None, None
     lengths = q.shape[2], k.shape[2], v.shape[2]
@@ -108,13 +108,11 @@ def backward(
     )
 
 
-def mask_gradient(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, parts: int, multiprocessors: int
-) -> Tensor:
+def mask_gradient(do: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, parts: int) -> Tensor:
     """Gradient of the mask, of its whole shape and its type, contiguous; heads of any width."""
-    heads, parts = q.shape[1] // max(parts, 1), max(parts, 1)
+    heads = q.shape[1] // parts
     out = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
-    shares = _shares(q.shape[0] * heads, mask, parts, multiprocessors)
+    shares = _shares(q.shape[0] * heads, mask, parts, multiprocessors(q.device))
     partial = q.new_empty((shares, *mask.shape), dtype=torch.float32) if shares > 1 else None
     torch.ops.transnormer_kernels.mask_gradient(q, k, do, v, out, partial, heads, parts)
     return out

@@ -16,7 +16,7 @@ import torch
 
 from .benchmark_cases import DTYPES, GROUPS, MASKS, OPERATORS, Case, traffic, work
 from .benchmark_report import COLUMNS, Result, cells, growth, line, machine, markdown, plot
-from .measure import header, is_out_of_memory, peak_memory, repeated, saved_bytes, seconds, summary
+from .measure import float32_products, header, is_out_of_memory, peak_memory, repeated, saved_bytes, seconds, summary
 from .operator_calls import (
     Call,
     Inputs,
@@ -299,15 +299,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.from_json:
         show(args)
         return 0
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(args.precision)
     try:
-        results = benchmark(args.cases, args)
+        with float32_products(args.precision):
+            results = benchmark(args.cases, args)
     except KeyboardInterrupt:
         print("stopped; what was measured is above" + (f" and in {args.json}" if args.json else ""), file=sys.stderr)
         return 130
-    finally:
-        torch.set_float32_matmul_precision(before)
     for text in growth(results):
         print(text)
     return int(any(result["status"] == "FAILED" for result in results))

@@ -32,7 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--window", type=int, help="tokens that the model sees at most; default: the row length of its training"
     )
-    parser.add_argument("--batch-tokens", type=int, default=16_384, help="tokens run at once (%(default)s)")
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=16_384,
+        help="tokens run at once (%(default)s); masked attention runs windows one by one",
+    )
     parser.add_argument("--max-tokens", type=int, help="stop after this many tokens")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (%(default)s)")
     parser.add_argument(
@@ -77,7 +82,8 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> "Score":
 
     window = options.window or model.config.max_position_embeddings
     rows = tqdm(_windows(texts, tokenizer, window), desc="evaluating", unit=" windows")
-    batches = _packed(_up_to(rows, options.max_tokens), options.batch_tokens)
+    at_once = options.batch_tokens if model.config.attention == "lightning" else 1
+    batches = _packed(_up_to(rows, options.max_tokens), at_once)
     nll, tokens, num_bytes = score(model, batches, token_byte_lengths(tokenizer), nullcontext).tolist()
     if not tokens:
         raise ConfigError("nothing to evaluate: no document with text")

@@ -2,8 +2,7 @@
 
 import argparse
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from unittest import mock
 
 import torch
@@ -18,6 +17,8 @@ from ops import (
     masked_cuda,
     masked_wide,
 )
+
+from .measure import float32_products
 
 DTYPES = ["bfloat16", "float16", "float32"]
 OPERATORS = ["lightning", "masked"]
@@ -57,16 +58,6 @@ def call(
         backend=backend,
     )  # fmt: skip
     torch.autograd.backward((o, final), (torch.randn_like(o), torch.randn_like(final)))
-
-
-@contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def every_lightning(dtype: torch.dtype, device: torch.device, backend: str) -> int:

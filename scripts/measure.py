@@ -8,7 +8,8 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,17 @@ def saved_bytes(forward: Run) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         forward()
     return sum(sizes)
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """With `torch.set_float32_matmul_precision`."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -1,8 +1,7 @@
 """Cases of masked attention for its tests: shapes, masks, types, writings, the plain formula, how a case is run."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -199,17 +198,6 @@ def plain(*, q, k, v, mask, qk_norm=False):  # type: ignore[no-untyped-def]
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.mT
     return (scores if mask is None else (scores * mask).to(v.dtype)) @ v
-
-
-@contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """With `torch.set_float32_matmul_precision`."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class Numbers(NamedTuple):

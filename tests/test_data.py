@@ -300,6 +300,17 @@ def test_collate_with_boundaries_equals_the_token_by_token_definition(packed, le
     assert {batch[name].dtype for name in ("input_ids", "shift_labels", "position_ids")} == {torch.int64}
 
 
+@pytest.mark.parametrize("length", [1, 5, 16])
+def test_rows_that_are_not_joined_are_the_same_rows(packed, length):
+    rows = np.array([2, 0, 1])
+    joined = collate(packed, rows, length, boundaries=True)
+    apart = collate(packed, rows, length, boundaries=True, joined=False)
+    assert apart.keys() == joined.keys() - {"cu_seq_lens_q"}
+    for name, x in apart.items():
+        assert x.shape == (3, length), name
+        assert torch.equal(x.view(1, -1), joined[name]), name
+
+
 def test_collate_without_boundaries_reads_across(packed):
     batch = collate(packed, np.array([3, 1]), 16, boundaries=False)
     assert batch.keys() == {"input_ids", "shift_labels"}

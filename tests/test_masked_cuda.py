@@ -17,7 +17,6 @@ from masked_cases import (
     Numbers,
     assert_equal,
     by_kernels,
-    float32_products,
     masked_call,
     masked_case,
     masked_spread,
@@ -27,6 +26,7 @@ from operator_cases import assert_accurate
 
 from ops import masked_cuda, masked_wide
 from ops.kernels import multiprocessors
+from scripts.measure import float32_products
 
 TWO_BYTES = [BFLOAT16, FLOAT16]
 EVERY_TYPE = [*TWO_BYTES, FLOAT32, Numbers(torch.float32, "high")]

@@ -17,7 +17,6 @@ from masked_cases import (
     arguments,
     assert_equal,
     by_kernels,
-    float32_products,
     given,
     masked_call,
     masked_spread,
@@ -32,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ops import flash_linear_attention, masked_cuda, masked_wide
 from ops.linear_attention import _backward, _forward
 from ops.masked_cuda import unavailable_reason
-from scripts.measure import peak_memory
+from scripts.measure import float32_products, peak_memory
 
 # For what does not depend on numbers: narrow heads, a mask of another type, three parts, wide heads.
 PATHS = [

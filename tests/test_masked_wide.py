@@ -65,14 +65,15 @@ def by_kernels(tensors: dict[str, Tensor | None], do: Tensor, parts: int, slots:
     """Output and gradients by name, as `run_masked` names them."""
     q, k, v, mask = (tensors[name] for name in ("q", "k", "v", "mask"))
     d, e = q.shape[3], v.shape[3]
-    to = for_kernel if parts == 0 else lambda x: in_parts(x, parts)
+    to = for_kernel if parts == 1 else lambda x: in_parts(x, parts)
     do, q, k, v = (to(x) for x in (do, q, k, v))
     results = {"o": masked_wide.forward(q, k, v, mask, parts)[..., :e]}
     grads = masked_wide.backward(do, q, k, v, mask, parts, (True, True, True))
     for name, x, width in zip("qkv", grads, (d, d, e), strict=True):
         results[f"gradient of {name}"] = x[..., :width]
     if mask.is_floating_point():
-        results["gradient of mask"] = masked_wide.mask_gradient(do, q, k, v, mask, parts, slots)
+        with mock.patch.object(masked_wide, "multiprocessors", return_value=slots):
+            results["gradient of mask"] = masked_wide.mask_gradient(do, q, k, v, mask, parts)
     return results
 
 
@@ -102,7 +103,7 @@ def cut(score_bytes: int, most_keys: int) -> Any:
 @two_bytes
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_is_as_accurate_as_plain_pytorch(case: MaskedCase, dtype: torch.dtype, device: torch.device) -> None:
-    check(case, device, dtype, 0)
+    check(case, device, dtype, 1)
 
 
 @pytest.mark.gpu
@@ -112,18 +113,18 @@ def test_is_as_accurate_as_plain_pytorch(case: MaskedCase, dtype: torch.dtype, d
 def test_tiles(tile: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
     with mock.patch.object(masked_wide, "_tile", return_value=tile):
         for mask in ("float", "bool"):
-            check(MaskedCase(330, 520, D=136, E=776, mask=mask), device, dtype, 0)
-            check(MaskedCase(200, 131, D=320, E=136, mask=mask, mask_layout="columns"), device, dtype, 0)
+            check(MaskedCase(330, 520, D=136, E=776, mask=mask), device, dtype, 1)
+            check(MaskedCase(200, 131, D=320, E=136, mask=mask, mask_layout="columns"), device, dtype, 1)
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("score_bytes", "most_keys"), [(2**18, 64), (2**16, 128), (2**19, 256), (1, 192)])
-@pytest.mark.parametrize("parts", [0, 2, 3])
+@pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize("case", CUT, ids=str)
 def test_slabs(case: MaskedCase, parts: int, score_bytes: int, most_keys: int, device: torch.device) -> None:
     with cut(score_bytes, most_keys):
-        check(case, device, torch.float32 if parts else torch.bfloat16, parts)
+        check(case, device, torch.float32 if parts > 1 else torch.bfloat16, parts)
 
 
 @pytest.mark.gpu
@@ -131,7 +132,7 @@ def test_slabs(case: MaskedCase, parts: int, score_bytes: int, most_keys: int, d
 @pytest.mark.parametrize("score_bytes", [2**18, 2**19, 2**20])
 def test_slabs_of_whole_pairs(score_bytes: int, device: torch.device) -> None:
     with cut(score_bytes, 4096):
-        check(MaskedCase(120, 137, B=3, D=136, E=200), device, torch.bfloat16, 0)
+        check(MaskedCase(120, 137, B=3, D=136, E=200), device, torch.bfloat16, 1)
 
 
 @pytest.mark.gpu
@@ -144,10 +145,10 @@ def test_float32_in_parts(case: MaskedCase, parts: int, device: torch.device) ->
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("parts", [0, 2, 3])
+@pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize("rows", [False, True])
 def test_masks_that_repeat_a_row_or_begin_anywhere(rows: bool, parts: int, device: torch.device) -> None:
-    case, dtype = MaskedCase(140, 200, D=136, E=136), torch.float32 if parts else torch.bfloat16
+    case, dtype = MaskedCase(140, 200, D=136, E=136), torch.float32 if parts > 1 else torch.bfloat16
     tensors, do = arguments(case, device, dtype), output_gradient(case, device, dtype)
     whole = tensors["mask"]
     mask = whole[:, :, :1].expand(whole.shape) if rows else F.pad(whole, (1, 7))[..., 1:-7]
@@ -158,7 +159,7 @@ def test_masks_that_repeat_a_row_or_begin_anywhere(rows: bool, parts: int, devic
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize(("dtype", "parts"), [(torch.bfloat16, 0), (torch.float16, 0), (torch.float32, 3)])
+@pytest.mark.parametrize(("dtype", "parts"), [(torch.bfloat16, 1), (torch.float16, 1), (torch.float32, 3)])
 @pytest.mark.parametrize(("d", "e"), [(8, 8), (64, 64), (16, 128), (128, 40), (768, 64)])
 @pytest.mark.parametrize("slots", [1, 20, 1000])
 def test_gradient_of_the_mask(slots: int, d: int, e: int, dtype: torch.dtype, parts: int, device: torch.device) -> None:
@@ -179,19 +180,19 @@ def test_only_what_is_wanted(wanted: tuple[bool, bool, bool], device: torch.devi
     case = MaskedCase(140, 200, D=136, E=264)
     tensors, do = arguments(case, device, torch.bfloat16), output_gradient(case, device, torch.bfloat16)
     do, q, k, v = (for_kernel(x) for x in (do, *(tensors[name] for name in "qkv")))
-    every = masked_wide.backward(do, q, k, v, tensors["mask"], 0)
-    some = masked_wide.backward(do, q, k, v, tensors["mask"], 0, wanted)
+    every = masked_wide.backward(do, q, k, v, tensors["mask"], 1)
+    some = masked_wide.backward(do, q, k, v, tensors["mask"], 1, wanted)
     for x, expected, want in zip(some, every, wanted, strict=True):
         assert (x is not None) == want
         assert x is None or torch.equal(x, expected)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("parts", [0, 2, 3])
+@pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize("score_bytes", [2**25, 2**17])
 def test_repeats_are_equal(parts: int, score_bytes: int, device: torch.device) -> None:
     case = MaskedCase(400, 333, D=264, E=136, per_row=False, per_head=False)
-    dtype = torch.float32 if parts else torch.bfloat16
+    dtype = torch.float32 if parts > 1 else torch.bfloat16
     tensors, do = arguments(case, device, dtype), output_gradient(case, device, dtype)
     with cut(score_bytes, 128):
         first = by_kernels(tensors, do, parts)
@@ -201,11 +202,11 @@ def test_repeats_are_equal(parts: int, score_bytes: int, device: torch.device) -
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("parts", [0, 3])
+@pytest.mark.parametrize("parts", [1, 3])
 def test_what_is_not_finite_stays_in_its_row(parts: int, device: torch.device) -> None:
     """But for gradients of keys and values, which every query has."""
     case = MaskedCase(140, 203, D=136, E=136, per_row=False)
-    dtype = torch.float32 if parts else torch.bfloat16
+    dtype = torch.float32 if parts > 1 else torch.bfloat16
     tensors, do = arguments(case, device, dtype), output_gradient(case, device, dtype)
     clean = by_kernels(tensors, do, parts)
     changed = {**tensors, "q": tensors["q"].clone()}
@@ -233,7 +234,7 @@ def test_bad_arguments_are_refused(changed: dict[str, Any], said: str, device: t
     for name in changed.keys() - {"parts"}:
         tensors[name] = tensors[name].to(changed[name])
     with pytest.raises(RuntimeError, match=said):
-        masked_wide.forward(*(tensors[name] for name in ("q", "k", "v", "mask")), changed.get("parts", 0))
+        masked_wide.forward(*(tensors[name] for name in ("q", "k", "v", "mask")), changed.get("parts", 1))
 
 
 @pytest.mark.parametrize("limit", [1, 2**16, 2**20, 2**24])

@@ -299,12 +299,16 @@ def batch_sha(ids: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(ids, "<u4").data).hexdigest()
 
 
-def collate(tokens: PackedTokens, rows: np.ndarray, sequence_length: int, boundaries: bool) -> dict[str, torch.Tensor]:
+def collate(
+    tokens: PackedTokens, rows: np.ndarray, sequence_length: int, boundaries: bool, joined: bool = True
+) -> dict[str, torch.Tensor]:
     """Return the inputs and shifted labels of b rows of T tokens.
 
-    With `boundaries` the rows lie one after the other: input_ids, shift_labels and position_ids (1, b T) int64,
-    cu_seq_lens_q (N + 1,) int32 begins of the N rows and documents, and b T. Positions start at 0 in each, and a
-    label that belongs to the next document is -100. Without: input_ids and shift_labels (b, T).
+    With `boundaries` a label that belongs to the next document is -100, and positions start at 0 in each row and
+    document. `joined` rows lie one after the other: input_ids, shift_labels and position_ids (1, b T) int64, and
+    cu_seq_lens_q (N + 1,) int32, begins of the N rows and documents, and b T. Else input_ids, shift_labels and
+    position_ids are (b, T): what attention takes whose time grows with the square of a row. Without boundaries:
+    input_ids and shift_labels (b, T).
     """
     places = rows[:, None] * sequence_length + np.arange(sequence_length + 1)  # (b, T + 1)
     ids = torch.from_numpy(tokens.ids[places].astype(np.int64))
@@ -317,16 +321,24 @@ def collate(tokens: PackedTokens, rows: np.ndarray, sequence_length: int, bounda
     begins[:, 1:] = target_begins[:, :-1]
     starts = np.flatnonzero(begins)  # (N,)
     lengths = np.diff(starts, append=begins.size)
-    return {
-        "input_ids": inputs.view(1, -1),
-        "shift_labels": labels.masked_fill(torch.from_numpy(target_begins), _IGNORED).view(1, -1),
-        "position_ids": torch.from_numpy(np.arange(begins.size) - np.repeat(starts, lengths))[None],
-        "cu_seq_lens_q": torch.from_numpy(np.append(starts, begins.size).astype(np.int32)),
+    batch = {
+        "input_ids": inputs,
+        "shift_labels": labels.masked_fill(torch.from_numpy(target_begins), _IGNORED),
+        "position_ids": torch.from_numpy(np.arange(begins.size) - np.repeat(starts, lengths)).view_as(inputs),
     }
+    if not joined:
+        return batch
+    bounds = torch.from_numpy(np.append(starts, begins.size).astype(np.int32))
+    return {**{name: x.view(1, -1) for name, x in batch.items()}, "cu_seq_lens_q": bounds}
 
 
 def evaluation_batches(
-    tokens: PackedTokens, sequence_length: int, micro_batch_size: int, max_tokens: int, boundaries: bool
+    tokens: PackedTokens,
+    sequence_length: int,
+    micro_batch_size: int,
+    max_tokens: int,
+    boundaries: bool,
+    joined: bool = True,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield rows spread evenly over the tokens, the same every time, `micro_batch_size` at a time.
 
@@ -336,4 +348,4 @@ def evaluation_batches(
     count = min(available, max(1, max_tokens // sequence_length))
     rows = np.arange(count) * available // count
     for first in range(0, count, micro_batch_size):
-        yield collate(tokens, rows[first : first + micro_batch_size], sequence_length, boundaries)
+        yield collate(tokens, rows[first : first + micro_batch_size], sequence_length, boundaries, joined)

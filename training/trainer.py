@@ -187,6 +187,7 @@ class Trainer:
                 options.micro_batch_size,
                 options.eval_tokens,
                 self.config.data.document_boundaries,
+                joined=self.config.model.attention == "lightning",
             )
             mine = (
                 batch
@@ -331,7 +332,13 @@ class Trainer:
         labels = int((whole["shift_labels"] >= 0).sum())
         mine = np.array_split(rows, self.accelerator.num_processes)[self.accelerator.process_index]
         micro_batches = [
-            collate(self.data.train, part, options.sequence_length, options.document_boundaries)
+            collate(
+                self.data.train,
+                part,
+                options.sequence_length,
+                options.document_boundaries,
+                joined=self.config.model.attention == "lightning",
+            )
             for part in np.array_split(mine, self.micro_batches)
         ]
         return Batch(micro_batches, labels, batch_sha(whole["input_ids"].numpy()))
