@@ -7,6 +7,7 @@ import sys
 
 from training.config import Run, load_config
 from training.errors import ConfigError
+from training.imports import import_modules
 from training.outcome import Ending, exit_code_of
 from training.progress import working
 
@@ -16,6 +17,7 @@ def train(run: Run, ending: Ending) -> None:
     with working("loading torch, transformers and accelerate"):
         from training.trainer import Trainer
 
+        import_modules(run.imports)
     trainer = Trainer(run.config, run.out)  # refuses what can't work before anything is written
     trainer.prepare_data()
     trainer.build_model()

@@ -107,7 +107,12 @@ def function_mask(name: str, function: MaskFunction, pairs: Pairs, batch: int, h
     device = pairs.allowed.device
     row = torch.arange(batch, device=device)[:, None, None, None]
     head = torch.arange(heads, device=device)[None, :, None, None]
-    weights = function(row, head, pairs.query, pairs.key)
+    try:
+        weights = function(row, head, pairs.query, pairs.key)
+    except Exception as error:
+        shapes = (tuple(x.shape) for x in (row, head, pairs.query, pairs.key))
+        error.add_note("mask {!r}: raised by its function of batch {}, head {}, query {}, key {}".format(name, *shapes))
+        raise
     _check_weights(name, weights, pairs, batch, heads)
     return weights & pairs.allowed if weights.dtype == torch.bool else torch.where(pairs.allowed, weights, 0)
 
@@ -117,6 +122,8 @@ def _check_weights(name: str, weights: object, pairs: Pairs, batch: int, heads: 
         raise TypeError(f"mask {name!r}: expected a tensor from its function, got {type(weights).__name__}")
     if weights.dtype != torch.bool and not weights.dtype.is_floating_point:
         raise TypeError(f"mask {name!r}: expected floats or torch.bool from its function, got {weights.dtype}")
+    if weights.layout != torch.strided:
+        raise TypeError(f"mask {name!r}: expected torch.strided from its function, got {weights.layout}")
     if weights.device != pairs.allowed.device:
         raise ValueError(f"mask {name!r}: expected device {pairs.allowed.device}, got {weights.device}")
     full = (batch, heads, *pairs.allowed.shape[2:])

@@ -38,11 +38,12 @@ class Slab(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How scores are cut, and the tiles of the products that make and use them."""
+    """How scores are cut, the tiles of the products that make and use them, and about how long they take."""
 
     slabs: list[Slab]
     scores_tile: tuple[int, int]
     products_tile: tuple[int, int]
+    time: int  # entries that a multiprocessor makes, in whole tiles, one after another
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, parts: int) -> Tensor:
@@ -76,18 +77,18 @@ def backward(
     heads = q.shape[1] // parts
     if not any(wanted):
         return None, None, None
+    plan, outputs = _backward_plan(q, k, v, mask, parts, wanted)
+    if len(plan.slabs) > 1 and wanted[2] and any(wanted[:2]):  # larger slabs of P, then of A, may end before both
+        apart = (False, False, True), (*wanted[:2], False)
+        if sum(_backward_plan(q, k, v, mask, parts, of)[0].time for of in apart) < plan.time:
+            (*_, dv), (dq, dk, _) = (backward(do, q, k, v, mask, parts, of) for of in apart)
+            return dq, dk, dv
     lengths = q.shape[2], k.shape[2], v.shape[2]
     dq, dk, dv = (
         _output(q, x, heads, length, parts) if want else None
         for x, length, want in zip((q, k, v), lengths, wanted, strict=True)
     )
-    outputs = {
-        name: (transposed, x.shape[3])
-        for name, transposed, x in (("dq", False, dq), ("dk", True, dk), ("dv", True, dv))
-        if x is not None
-    }
     makes_a = dq is not None or dk is not None
-    plan = _plan(q, mask, heads, parts, makes_a + (dv is not None), list(outputs.values()))
     sums = _Sums(plan, outputs, q)
     room_of_p = None if dv is None else _room(q, plan, parts)
     room_of_a = _room(q, plan, parts) if makes_a else None
@@ -150,15 +151,27 @@ def _scores(room: Tensor | None, slab: Slab, parts: int) -> Tensor | None:
     return room[: math.prod(shape)].view(shape)
 
 
+def _backward_plan(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, parts: int, wanted: tuple[bool, bool, bool]
+) -> tuple[Plan, dict[str, tuple[bool, int]]]:
+    """And by name of what is wanted: whether scores are transposed for it, and its width."""
+    every = {"dq": (False, q.shape[3]), "dk": (True, k.shape[3]), "dv": (True, v.shape[3])}
+    outputs = {name: of for (name, of), want in zip(every.items(), wanted, strict=True) if want}
+    kinds = any(wanted[:2]) + wanted[2]
+    return _plan(q, mask, q.shape[1] // parts, parts, kinds, list(outputs.values())), outputs
+
+
 def _plan(q: Tensor, mask: Tensor, heads: int, parts: int, kinds: int, outputs: list[tuple[bool, int]]) -> Plan:
     """For `kinds` of scores, P or A or both, and outputs of which each is transposed or not, and so wide."""
     slabs = list(_slabs(q.shape[0] * heads, mask.shape[2], mask.shape[3], 2 * parts * kinds))
-    if parts > 1:
-        return Plan(slabs, OF_PARTS, OF_PARTS)
     slots, first = multiprocessors(q.device), slabs[0]
     scores = [(first.rows, first.keys)] * kinds
     products = [(first.keys if transposed else first.rows, width) for transposed, width in outputs]
-    return Plan(slabs, _tile(scores, first.pairs, slots), _tile(products, first.pairs, slots))
+    of_scores, of_products = (
+        _tile(sizes, first.pairs, slots) if parts == 1 else OF_PARTS for sizes in (scores, products)
+    )
+    time = _time(of_scores, scores, first.pairs, slots) + _time(of_products, products, first.pairs, slots)
+    return Plan(slabs, of_scores, of_products, len(slabs) * time)
 
 
 def _slabs(pairs: int, queries: int, keys: int, score_bytes: int) -> Iterator[Slab]:
@@ -182,12 +195,12 @@ def _slabs(pairs: int, queries: int, keys: int, score_bytes: int) -> Iterator[Sl
 
 def _tile(products: list[tuple[int, int]], pairs: int, slots: int) -> tuple[int, int]:
     """The tile with which blocks, `slots` of which run at a time, are done first with products of these sizes."""
+    return min(LONG, SQUARE, key=lambda tile: _time(tile, products, pairs, slots))
 
-    def time(tile: tuple[int, int]) -> int:
-        tiles = sum(-(-rows // tile[0]) * -(-columns // tile[1]) for rows, columns in products)
-        return -(-tiles * pairs // slots) * tile[0] * tile[1]
 
-    return min(LONG, SQUARE, key=time)
+def _time(tile: tuple[int, int], products: list[tuple[int, int]], pairs: int, slots: int) -> int:
+    tiles = sum(-(-rows // tile[0]) * -(-columns // tile[1]) for rows, columns in products)
+    return -(-tiles * pairs // slots) * tile[0] * tile[1]
 
 
 class _Sums:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from training.errors import ConfigError, RunError
+from training.imports import IMPORT_HELP, import_modules
 
 if TYPE_CHECKING:
     from training.evaluation import Score
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="(%(default)s)"
     )
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help=IMPORT_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options, overrides = parser.parse_known_args(arguments)
     if (options.text is None) == (options.config is None):
@@ -72,6 +74,7 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> "Score":
         texts = documents(load_config([*files, *overrides]).config.data, options.split)
     from training.opening import open_model
 
+    import_modules(options.imports)
     model, tokenizer, _ = open_model(options.model, options.device, options.dtype)
     from contextlib import nullcontext
 

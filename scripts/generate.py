@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from training.errors import RunError
+from training.imports import IMPORT_HELP, import_modules
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="(%(default)s)"
     )
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help=IMPORT_HELP)
     options = parser.parse_args(arguments)
     for name, value, least in (("--max-new-tokens", options.max_new_tokens, 1), ("--samples", options.samples, 1)):
         if value < least:
@@ -40,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _generate(options: argparse.Namespace) -> None:
     from training.opening import open_model
 
+    import_modules(options.imports)
     model, tokenizer, _ = open_model(options.model, options.device, options.dtype)
     from training.evaluation import complete
 

@@ -22,11 +22,14 @@ def write(folder: Path, text: str, name: str = "a.yaml") -> str:
 def test_files_merge_left_to_right_and_the_command_line_wins(tmp_path):
     first = write(tmp_path, "seed: 1\noptim: {lr: 3e-4, beta1: 0.8}\nmodel: {lrpe_layers: [0, 2]}\n")
     second = write(tmp_path, "optim: {lr: 1e-3}\ndata: {corpus: text, paths: ['a b.txt', '1', 'no']}\n", "b.yaml")
-    run = load_config(["--config", first, f"--config={second}", "--seed", "7", "--out", "x", "--resume=never"])
+    run = load_config(
+        ["--config", first, f"--config={second}", "--seed", "7", "--out", "x", "--import=a.b", "--import", "c"]
+    )
     assert (run.config.seed, run.config.optim.lr, run.config.optim.beta1) == (7, 1e-3, 0.8)
     assert run.config.model.lrpe_layers == [0, 2]
     assert run.config.data.paths == ["a b.txt", "1", "no"]
-    assert (run.out, run.resume) == (Path("x"), "never")
+    assert (run.out, run.resume, run.imports) == (Path("x"), "auto", ["a.b", "c"])
+    assert (load_config(["--resume=never"]).resume, load_config([]).imports) == ("never", [])
 
 
 def test_yaml_words_keep_their_text(tmp_path):

@@ -1,6 +1,7 @@
 """Masked attention in the model: it equals lightning attention under the decay's mask, and takes any other."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from model_cases import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import train
 from model import TransnormerForCausalLM, masks_transnormer, register_mask
 from model.attention_transnormer import LightningAttention, MaskedAttention
 from model.masks_transnormer import pair_tokens, relative_mask
 from training.config import load_config
+from training.imports import import_modules
 from training.optim import parameter_groups
 
 pytestmark = pytest.mark.usefixtures("mask_registry")
@@ -205,13 +206,16 @@ def test_masks_are_no_larger_than_they_differ() -> None:
 
 
 @torch.no_grad()
-def test_the_example_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     (source,) = [x for x in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "register_mask" in x]
-    monkeypatch.setattr(train, "main", lambda argv: argv)
-    with pytest.raises(SystemExit) as ended:
-        exec(source, {})
-    config = load_config(ended.value.code).config.model  # type: ignore[arg-type]
+    (command,) = re.findall(r"train.py (.* --import masks .*)\n", readme)
+    run = load_config(command.split())
+    (tmp_path / "masks.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    import_modules(run.imports)
+    config = run.config.model
     assert (config.attention, config.mask) == ("masked", "window")
     mask = mask_of(tiny_model(attention="masked", mask="window"), input_ids=random_ids(1, 150))[0]
     assert mask.sum(-1)[0, :, -1].tolist() == [64, 128, 150, 150]
@@ -219,6 +223,7 @@ def test_the_example_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
 
 WRONG_RESULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "no tensor": (1.0, TypeError, "expected a tensor from its function, got float"),
+    "sparse": (torch.ones(1, 1, 5, 5).to_sparse(), TypeError, "expected torch.strided from its function, got torch.sp"),
     "whole numbers": (torch.ones(1, 1, 5, 5, dtype=torch.long), TypeError, "expected floats or torch.bool"),
     "two dims": (torch.ones(5, 5), ValueError, r"broadcasts to \(2, 4, 5, 5\), got \(5, 5\)"),
     "other heads": (torch.ones(1, 3, 5, 5), ValueError, r"broadcasts to \(2, 4, 5, 5\), got \(1, 3, 5, 5\)"),
@@ -232,6 +237,17 @@ def test_wrong_results_are_refused(case: str) -> None:
     register_mask("shapes", lambda *_: result)
     with pytest.raises(error, match=f"mask 'shapes': .*{message}"):
         masked_model("shapes")(random_ids(2, 5))
+
+
+def test_what_a_function_raises_names_the_mask() -> None:
+    def fails(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        raise RuntimeError("no such table")
+
+    register_mask("shapes", fails)
+    with pytest.raises(RuntimeError, match="no such table") as caught:
+        masked_model("shapes")(random_ids(2, 5))
+    shapes = "batch (2, 1, 1, 1), head (1, 4, 1, 1), query (1, 1, 5, 1), key (1, 1, 1, 5)"
+    assert caught.value.__notes__ == [f"mask 'shapes': raised by its function of {shapes}"]
 
 
 def test_wrong_registrations_are_refused() -> None:

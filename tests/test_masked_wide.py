@@ -260,12 +260,17 @@ def test_slabs_are_all_of_the_scores_once(pairs: int, queries: int, keys: int, l
 
 
 def test_plan_of_one_head_of_768() -> None:
-    """Forward all at once, backward in two halves of P and A."""
+    """All of P at once, forward and backward, and then A: 17 rounds of tiles, where two halves of both take 18."""
     assert list(masked_wide._slabs(16, 1024, 1024, 2)) == [Slab(0, 16, 0, 1024, 0, 1024)]
     halves = [Slab(pair, 8, 0, 1024, 0, 1024) for pair in (0, 8)]
     assert list(masked_wide._slabs(16, 1024, 1024, 4)) == halves
     assert masked_wide._tile([(1024, 1024)] * 2, 8, 132) == LONG
     assert masked_wide._tile([(192, 192)], 132, 132) == SQUARE
+    x, mask = torch.empty(16, 1, 1024, 768, device="meta"), torch.empty(1, 1, 1024, 1024, device="meta")
+    for wanted, rounds in (((True, True, True), 18), ((False, False, True), 7), ((True, True, False), 10)):
+        with mock.patch.object(masked_wide, "multiprocessors", return_value=132):
+            plan, _ = masked_wide._backward_plan(x, x, x, mask, 1, wanted)
+        assert plan.time == rounds * math.prod(LONG)
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,24 @@ def test_a_learned_mask_trains(arguments, tmp_path):
     assert all((x[:, 0] != 1).all() for x in learned)  # where the decay begins
 
 
+@pytest.mark.usefixtures("mask_registry")
+def test_a_module_that_registers_a_mask(arguments, tmp_path, capsys, monkeypatch):
+    source = "from model import register_mask\nregister_mask('near', lambda batch, head, query, key: query - key < 8)\n"
+    (tmp_path / "near_mask.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    options = ["--model.attention=masked", "--model.mask=near", "--training.steps=2"]
+    assert run(arguments, tmp_path / "run", *options) == 2
+    assert "register_mask adds names" in capsys.readouterr().err
+    assert run(arguments, tmp_path / "run", *options, "--import=other", "--import=near_mask") == 2
+    assert f"--import: no module 'other' in {tmp_path}" in capsys.readouterr().err
+    imported = ["--import", "near_mask"]
+    assert run(arguments, tmp_path / "run", *options, *imported) == 0
+    assert generate.main([str(tmp_path / "run"), "--prompt", "def", "--max-new-tokens", "3", *imported]) == 0
+    (tmp_path / "text.txt").write_text("def x ( y ) : return z\n" * 20)
+    assert evaluate.main([str(tmp_path / "run"), "--text", str(tmp_path / "text.txt"), *imported]) == 0
+
+
 @pytest.mark.parametrize("option", ["--training.gradient_checkpointing=true", "--training.compile=true"])
 def test_options_that_keep_the_numbers(arguments, tmp_path, option):
     assert run(arguments, tmp_path / "plain", "--training.steps=3") == 0

@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from training.errors import ConfigError
+from training.imports import IMPORT_HELP
 
 
 @dataclass
@@ -29,7 +30,7 @@ class ModelConfig:
         head_dim: width D of a head; null means hidden_size / num_attention_heads.
         attention: "lightning", causal with decay and linear in the length, or "masked", every pair weighed by `mask`.
         mask: weights of attention "masked": "decay", "learned" (by distance, starting at the decay), "causal" (ones),
-            or the name of a function that `model.register_mask` was given.
+            or the name of a function that `model.register_mask` was given, by a module that `--import` names.
         qk_norm: divide q and k by their length ("l2") or not ("none").
         decay: slopes of the decay "fixed" (ALiBi), "learned" (starting there) or "none".
         lrpe_layers: indices of the layers with a linearized relative positional encoding.
@@ -229,11 +230,12 @@ class Config:
 
 @dataclass
 class Run:
-    """What a command line asks for: the resolved configuration, the run's folder and how to resume."""
+    """What a command line asks for: the resolved configuration, the run's folder, how to resume, what to import."""
 
     config: Config
     out: Path
     resume: str
+    imports: list[str]
 
 
 class _StrictLoader(yaml.BaseLoader):
@@ -269,7 +271,7 @@ def load_config(argv: list[str], prog: str = "train.py") -> Run:
         raise ConfigError(_readable(str(error))) from None
     config = Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
     check(config)
-    return Run(config, Path(values["out"]), values["resume"])
+    return Run(config, Path(values["out"]), values["resume"], values["import"])
 
 
 def config_dict(config: Config) -> dict[str, Any]:
@@ -331,6 +333,7 @@ def _parser(prog: str) -> ArgumentParser:
     parser.add_argument("--config", help="YAML file; several merge left to right", metavar="FILE")
     parser.add_argument("--out", type=str, default="runs/run", help="folder of the run")
     parser.add_argument("--resume", type=str, default="auto", help="auto, never, or a checkpoint's path")
+    parser.add_argument("--import", type=str, action="append", default=[], metavar="MODULE", help=IMPORT_HELP)
     parser.add_class_arguments(Config)
     return parser
 
@@ -412,7 +415,7 @@ def _text(key: str, value: Any) -> str:
 
 
 def _refuse_unknown_options(rest: list[str]) -> None:
-    known = {"help", "out", "resume", *(key for key, kind in _known_keys().items() if kind)}
+    known = {"help", "out", "resume", "import", *(key for key, kind in _known_keys().items() if kind)}
     for argument in rest:
         if argument.startswith("--"):
             key = argument[2:].split("=")[0]
