@@ -56,8 +56,10 @@ class Case:
             raise ValueError(f"Lk: expected Lq = {self.Lq} for lightning attention, got {self.Lk}")
         if self.qk_norm and self.backward and self.D == 1:
             raise ValueError("D: expected at least 2 with qk_norm, since its gradient of one number is 0, got 1")
-        if self.mask_grad and not (self.backward and self.mask in ("shared", "full")):
-            raise ValueError(f"mask_grad: expected a backward pass and mask shared or full, got mask {self.mask}")
+        if self.mask_grad and not (self.backward and self.mask in ("shared", "full", "causal")):
+            raise ValueError(
+                f"mask_grad: expected a backward pass and mask shared, full or causal, got mask {self.mask}"
+            )
 
     def __str__(self) -> str:
         length = "L" if self.operator == "masked" else "T"

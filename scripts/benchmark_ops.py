@@ -234,17 +234,21 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--markdown", action="store_true", help="Markdown tables, with --from-json")
     p.add_argument("--commit", help="what to state as commit, where the code is no git checkout")
     shape = p.add_argument_group("shapes, instead of --cases")
-    shape.add_argument("--operator", choices=OPERATORS)
-    shape.add_argument("--batch", type=int)
-    shape.add_argument("--heads", type=int)
-    shape.add_argument("--kv-heads", type=int)
-    shape.add_argument("--tokens", type=int, nargs="+")
+    shape.add_argument("--operator", choices=OPERATORS, help="the others need it")
+    shape.add_argument("--batch", type=int, help="sequences")
+    shape.add_argument("--heads", type=int, help="query heads of each")
+    shape.add_argument("--kv-heads", type=int, help="of k and v; as many as of q by default")
+    shape.add_argument("--tokens", type=int, nargs="+", help="of each sequence; several make several cases")
     shape.add_argument("--width", type=int, help="of a head's q and k")
     shape.add_argument("--value-width", type=int, help="of a head's v; that of q by default")
-    shape.add_argument("--dtypes", nargs="+", choices=list(DTYPES))
+    shape.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="of q, k and v")
     shape.add_argument("--mask", choices=MASKS, help="(1, 1, L, L), none, the same of bool, (B, H, L, L), or causal")
-    for flag in ("--mask-grad", "--forward-only", "--qk-norm"):
-        shape.add_argument(flag, action="store_true", default=None)
+    for flag, help in (
+        ("--mask-grad", "the mask's gradient as well"),
+        ("--forward-only", "no backward pass"),
+        ("--qk-norm", "divide q and k by their length in the operator"),
+    ):
+        shape.add_argument(flag, action="store_true", default=None, help=help)
     args = p.parse_args(argv)
     for mode, known in (("list", {"list"}), ("from_json", {"from_json", "markdown", "plot"})):
         others = [name for name, value in vars(args).items() if value != p.get_default(name) and name not in known]

@@ -270,7 +270,7 @@ class Truth:
 def truth(case: Case, given: Inputs) -> Truth:
     """Results of the definitions, one batch row and one group of heads at a time so that the scores fit in memory."""
     ends = {(0, 0), (case.B - 1, case.H - case.share)}
-    shared = case.mask_grad and case.mask == "shared"
+    shared = case.mask_grad and case.mask != "full"
     corners: dict[tuple[int, int], Results] = {}
     dmask: Tensor | None = None
     for at in itertools.product(range(case.B), range(0, case.H, case.share)):

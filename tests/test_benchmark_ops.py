@@ -132,10 +132,10 @@ def test_what_one_can_not_do_costs_the_others_nothing(
     assert (results["plain"]["status"], results["plain"]["ratio"]) == ("ok", None)
 
 
-@pytest.mark.parametrize("mask", ["shared", "none", "bool", "full"])
+@pytest.mark.parametrize("mask", ["shared", "none", "bool", "full", "causal"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_every_kind_of_call_passes_the_check(mask: str, dtype: str, tmp_path: Path) -> None:
-    grad = ["--mask-grad"] if mask in ("shared", "full") else []
+    grad = ["--mask-grad"] if mask in ("shared", "full", "causal") else []
     argv = [*SMALL, "--kv-heads", "2", "--value-width", "12", "--qk-norm", "--mask", mask, "--dtypes", dtype, *grad]
     ours = ["linear"] if mask == "none" else ["normal", "split", "block", "inplace"]
     assert main([*argv, "--implementations", *ours, "plain", "--json", str(tmp_path / "a.json")]) == 0
@@ -170,7 +170,7 @@ def test_a_materialised_decay_goes_by_groups_of_heads(memory: str, note: str | N
         (["--heads", "6", "--kv-heads", "4"], "--kv-heads: expected a divisor of 6 heads, got 4"),
         (
             ["--mask-grad", "--mask", "bool"],
-            "--mask-grad: expected a backward pass and mask shared or full, got mask bool",
+            "--mask-grad: expected a backward pass and mask shared, full or causal, got mask bool",
         ),
         (["--operator", "lightning", "--mask", "full"], "--mask: expected none for lightning attention, got full"),
         (["--width", "1", "--qk-norm"], "--width: expected at least 2 with qk_norm"),
