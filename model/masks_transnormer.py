@@ -44,7 +44,8 @@ def find_mask(name: str) -> MaskFunction | None:
     """The function that was registered, or None for a mask that layers make; another name is a ValueError."""
     if name not in LAYER_MASKS and name not in _FUNCTIONS:
         names = ", ".join([*LAYER_MASKS, *_FUNCTIONS])
-        raise ValueError(f"mask: expected one of {names}, got {name!r}; register_mask adds names")
+        hint = "register_mask adds names, called by a module that --import names"
+        raise ValueError(f"mask: expected one of {names}, got {name!r}; {hint}")
     return _FUNCTIONS.get(name)
 
 

@@ -265,7 +265,7 @@ def test_a_name_must_be_registered_where_a_model_is_made_or_loaded(tmp_path: Pat
     model = masked_model("shapes")
     model.save_pretrained(tmp_path)
     del masks_transnormer._FUNCTIONS["shapes"]
-    message = "mask: expected one of decay, learned, causal, got 'shapes'; register_mask adds names"
+    message = "mask: expected one of decay, learned, causal, got 'shapes'; register_mask adds names, called by"
     for make in (
         lambda: tiny_config(attention="masked", mask="shapes"),
         lambda: AutoModelForCausalLM.from_pretrained(tmp_path),

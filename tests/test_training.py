@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import train
+from model import masks_transnormer, register_mask
 from scripts import evaluate, generate
 from training.manifest import list_checkpoints, verify_checkpoint
 
@@ -285,14 +286,28 @@ def test_a_module_that_registers_a_mask(arguments, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(sys, "path", list(sys.path))
     options = ["--model.attention=masked", "--model.mask=near", "--training.steps=2"]
     assert run(arguments, tmp_path / "run", *options) == 2
-    assert "register_mask adds names" in capsys.readouterr().err
+    assert "register_mask adds names, called by a module that --import names" in capsys.readouterr().err
     assert run(arguments, tmp_path / "run", *options, "--import=other", "--import=near_mask") == 2
     assert f"--import: no module 'other' in {tmp_path}" in capsys.readouterr().err
     imported = ["--import", "near_mask"]
     assert run(arguments, tmp_path / "run", *options, *imported) == 0
     assert generate.main([str(tmp_path / "run"), "--prompt", "def", "--max-new-tokens", "3", *imported]) == 0
+    del masks_transnormer._FUNCTIONS["near"]
+    capsys.readouterr()
+    assert generate.main([str(tmp_path / "run")]) == 4
+    assert re.search(r"\nerror: .*got 'near'; register_mask adds names.*\n$", capsys.readouterr().err)
+    del sys.modules["near_mask"]
     (tmp_path / "text.txt").write_text("def x ( y ) : return z\n" * 20)
     assert evaluate.main([str(tmp_path / "run"), "--text", str(tmp_path / "text.txt"), *imported]) == 0
+
+
+@pytest.mark.usefixtures("mask_registry")
+def test_a_mask_that_raises_is_named_by_the_record_of_the_end(arguments, tmp_path):
+    register_mask("shapes", lambda batch, head, query, key: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        run(arguments, tmp_path / "run", "--model.attention=masked", "--model.mask=shapes")
+    assert exit_record(tmp_path / "run")["exit_code"] == 1
+    assert "zero; mask 'shapes': raised by its function of batch (" in exit_record(tmp_path / "run")["reason"]
 
 
 @pytest.mark.parametrize("option", ["--training.gradient_checkpointing=true", "--training.compile=true"])

@@ -11,17 +11,28 @@ IMPORT_HELP = "module to import first, one that calls register_mask; may be give
 
 
 def import_modules(names: Iterable[str]) -> None:
-    """Import modules from the working folder, the repository, or wherever Python finds them.
+    """Import modules from the working folder, or else from wherever Python finds them.
 
     Raises:
         ConfigError: naming a module that is not there; what a module itself raises is passed on.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                raise  # of a module that this one imports
-            raise ConfigError(f"--import: no module {name!r} in {os.getcwd()} or on PYTHONPATH") from None
+    here = os.getcwd()
+    sys.path.insert(0, here)  # `python train.py` would look beside train.py first, `python -m` here
+    try:
+        for name in names:
+            _import(name)
+    finally:
+        sys.path.remove(here)
+        if here not in sys.path:
+            sys.path.append(here)
+
+
+def _import(name: str) -> None:
+    if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(f"--import: expected a module's name, as masks of masks.py or a.b of a/b.py, got {name!r}")
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # of a module that this one imports
+        raise ConfigError(f"--import: no module {name!r} in {os.getcwd()} or on PYTHONPATH") from None

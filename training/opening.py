@@ -43,6 +43,7 @@ def open_model(name: str, device: str, dtype: str) -> tuple[Any, Any, str]:
     """
     with working("loading torch and transformers"):
         import torch
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils.logging import disable_progress_bar
 
@@ -56,8 +57,9 @@ def open_model(name: str, device: str, dtype: str) -> tuple[Any, Any, str]:
                 folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
             )
             tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder}: expected a run, a checkpoint or a model folder: {error}") from error
+        except (OSError, ValueError, StrictDataclassError) as error:
+            reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
+            raise CheckpointError(f"{folder}: expected a run, a checkpoint or a model folder: {reason}") from error
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -38,7 +38,8 @@ def exit_code_of(action: Callable[[Ending], Any]) -> int:
         code, reason = ResourceError.exit_code, f"out of memory: {error}"
         print(f"error: {reason}", file=sys.stderr)
     except BaseException as error:
-        _write(ending.out, 1, f"{type(error).__name__}: {error}")
+        notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+        _write(ending.out, 1, f"{type(error).__name__}: {error}{notes}")
         raise
     _write(ending.out, code, reason)
     return code
