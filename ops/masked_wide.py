@@ -21,7 +21,10 @@ from torch import Tensor
 from .kernels import multiprocessors, sum_groups
 
 SQUARE, LONG, OF_PARTS = (192, 192), (128, 256), (128, 128)  # kSquareTile, kLongTile, kPartsTile of csrc/
-SCORES_BYTES = 32 * 2**20  # of the scores that are in memory at a time
+SLAB_BYTES = 32 * 2**20, 64 * 2**20, 128 * 2**20  # of the scores that are in memory at a time, one of these:
+WORTH = 1.1  # the smallest that takes at most so many times the least time
+FIXED = 256  # a tile takes as long as if its products had so many terms more (H200)
+LAUNCHES = 2**24  # those of a slab take as long as so many terms of one block (H200)
 MOST_KEYS = 4096  # of a slab that is a part of a pair: a multiple of 64
 GRADIENT_ROWS, GRADIENT_COLUMNS, GRADIENT_COLUMNS_OF_PARTS = 128, 128, 64  # of csrc/mask_gradient.h
 
@@ -43,14 +46,14 @@ class Plan(NamedTuple):
     slabs: list[Slab]
     scores_tile: tuple[int, int]
     products_tile: tuple[int, int]
-    time: int  # entries that a multiprocessor makes, in whole tiles, one after another
+    time: float  # in terms that a block adds up
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, parts: int) -> Tensor:
     """o (B, H, Lq, E) in v's type, or in float32 from parts; E as in v."""
     heads = q.shape[1] // parts
     o = _output(q, v, heads, q.shape[2], parts)
-    plan = _plan(q, mask, heads, parts, 1, [(False, v.shape[3])])
+    plan = _plan(q, mask, parts, [q.shape[3]], [(False, v.shape[3])])
     sums = _Sums(plan, {"o": (False, v.shape[3])}, q)
     room = _room(q, plan, parts)
     for slab in plan.slabs:
@@ -157,26 +160,39 @@ def _backward_plan(
     """And by name of what is wanted: whether scores are transposed for it, and its width."""
     every = {"dq": (False, q.shape[3]), "dk": (True, k.shape[3]), "dv": (True, v.shape[3])}
     outputs = {name: of for (name, of), want in zip(every.items(), wanted, strict=True) if want}
-    kinds = any(wanted[:2]) + wanted[2]
-    return _plan(q, mask, q.shape[1] // parts, parts, kinds, list(outputs.values())), outputs
+    depths = [v.shape[3]] * any(wanted[:2]) + [q.shape[3]] * wanted[2]
+    return _plan(q, mask, parts, depths, list(outputs.values())), outputs
 
 
-def _plan(q: Tensor, mask: Tensor, heads: int, parts: int, kinds: int, outputs: list[tuple[bool, int]]) -> Plan:
-    """For `kinds` of scores, P or A or both, and outputs of which each is transposed or not, and so wide."""
-    slabs = list(_slabs(q.shape[0] * heads, mask.shape[2], mask.shape[3], 2 * parts * kinds))
-    slots, first = multiprocessors(q.device), slabs[0]
-    scores = [(first.rows, first.keys)] * kinds
-    products = [(first.keys if transposed else first.rows, width) for transposed, width in outputs]
-    of_scores, of_products = (
-        _tile(sizes, first.pairs, slots) if parts == 1 else OF_PARTS for sizes in (scores, products)
-    )
-    time = _time(of_scores, scores, first.pairs, slots) + _time(of_products, products, first.pairs, slots)
-    return Plan(slabs, of_scores, of_products, len(slabs) * time)
+def _plan(q: Tensor, mask: Tensor, parts: int, depths: list[int], outputs: list[tuple[bool, int]]) -> Plan:
+    """For P or A or both, of which the products are so deep, and outputs, each transposed or not, and so wide."""
+    plans = []
+    for limit in SLAB_BYTES:
+        plans.append(_plan_within(limit, q, mask, parts, depths, outputs))
+        if len(plans[-1].slabs) == 1:
+            break
+    enough = WORTH * min(plan.time for plan in plans)
+    return next(plan for plan in plans if plan.time <= enough)
 
 
-def _slabs(pairs: int, queries: int, keys: int, score_bytes: int) -> Iterator[Slab]:
-    """Cuts whose scores, of so many bytes each, take no more than `SCORES_BYTES`, but for 128 queries at least."""
-    limit = SCORES_BYTES // score_bytes
+def _plan_within(
+    limit: int, q: Tensor, mask: Tensor, parts: int, depths: list[int], outputs: list[tuple[bool, int]]
+) -> Plan:
+    pairs, slots = q.shape[0] * q.shape[1] // parts, multiprocessors(q.device)
+    slabs = list(_slabs(pairs, mask.shape[2], mask.shape[3], limit // (2 * parts * len(depths))))
+    first, products = slabs[0], parts * (parts + 1) // 2
+    scores = [(first.rows, first.keys, depth * products) for depth in depths]
+    of_scores = [
+        (first.keys, width, first.rows * products) if transposed else (first.rows, width, first.keys * products)
+        for transposed, width in outputs
+    ]
+    tiles = [OF_PARTS if parts > 1 else _tile(sizes, first.pairs, slots) for sizes in (scores, of_scores)]
+    time = sum(_time(tile, x, first.pairs, slots) for tile, x in zip(tiles, (scores, of_scores), strict=True))
+    return Plan(slabs, tiles[0], tiles[1], len(slabs) * (time + LAUNCHES))
+
+
+def _slabs(pairs: int, queries: int, keys: int, limit: int) -> Iterator[Slab]:
+    """Cuts of no more scores than `limit`, but for 128 queries at least."""
     width = -(-keys // 8) * 8
     if queries * width <= limit:
         count = -(-pairs // (limit // (queries * width)))
@@ -193,14 +209,16 @@ def _slabs(pairs: int, queries: int, keys: int, score_bytes: int) -> Iterator[Sl
                 yield Slab(pair, 1, row, min(rows, queries - row), key, min(MOST_KEYS, keys - key))
 
 
-def _tile(products: list[tuple[int, int]], pairs: int, slots: int) -> tuple[int, int]:
-    """The tile with which blocks, `slots` of which run at a time, are done first with products of these sizes."""
+def _tile(products: list[tuple[int, int, int]], pairs: int, slots: int) -> tuple[int, int]:
+    """The tile with which blocks are done first with products of so many rows, columns and terms for each pair."""
     return min(LONG, SQUARE, key=lambda tile: _time(tile, products, pairs, slots))
 
 
-def _time(tile: tuple[int, int], products: list[tuple[int, int]], pairs: int, slots: int) -> int:
-    tiles = sum(-(-rows // tile[0]) * -(-columns // tile[1]) for rows, columns in products)
-    return -(-tiles * pairs // slots) * tile[0] * tile[1]
+def _time(tile: tuple[int, int], products: list[tuple[int, int, int]], pairs: int, slots: int) -> float:
+    """Terms that one of `slots` blocks adds up while all run: whole rounds of tiles, of the mean depth."""
+    counts = [-(-rows // tile[0]) * -(-columns // tile[1]) for rows, columns, _ in products]
+    depth = sum(n * (terms + FIXED) for n, (*_, terms) in zip(counts, products, strict=True)) / sum(counts)
+    return -(-sum(counts) * pairs // slots) * tile[0] * tile[1] * depth
 
 
 class _Sums:

@@ -108,6 +108,9 @@ def _masked() -> list[Case]:
             ((16, 1, 1024, 768), "bfloat16", {}),
             ((2, 12, 8192, 64), "bfloat16", {}),
             ((2, 12, 8192, 64), "bfloat16", {"mask": "causal"}),
+            ((2, 12, 4096, 192), "bfloat16", {}),
+            ((16, 6, 1024, 128), "float32", {}),
+            ((4, 1, 4096, 768), "float32", {}),
         )
         for backward in (False, True)
     ]

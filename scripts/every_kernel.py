@@ -151,8 +151,8 @@ def every_narrow(dtype: torch.dtype, device: torch.device, implementation: str) 
 def every_wide(dtype: torch.dtype, device: torch.device, implementation: str) -> int:
     """How many calls of `flash_linear_attention` there were, of heads whose scores lie in memory."""
     calls = 0
-    whole = {"SCORES_BYTES": masked_wide.SCORES_BYTES, "MOST_KEYS": masked_wide.MOST_KEYS}
-    cuts = (whole, {"SCORES_BYTES": 1, "MOST_KEYS": 64})  # whole pairs, and queries and keys of one
+    whole = {"SLAB_BYTES": masked_wide.SLAB_BYTES, "MOST_KEYS": masked_wide.MOST_KEYS}
+    cuts = (whole, {"SLAB_BYTES": [1], "MOST_KEYS": 64})  # whole pairs, and queries and keys of one
     tiles = (masked_wide.SQUARE, masked_wide.LONG)  # float32 has its own
     for cut, tile in itertools.product(cuts, tiles if dtype != torch.float32 else tiles[:1]):
         with mock.patch.multiple(masked_wide, _tile=lambda *_, tile=tile: tile, **cut):

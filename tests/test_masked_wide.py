@@ -95,7 +95,7 @@ def check(case: MaskedCase, device: torch.device, dtype: torch.dtype, parts: int
 
 
 def cut(score_bytes: int, most_keys: int) -> Any:
-    return mock.patch.multiple(masked_wide, SCORES_BYTES=score_bytes, MOST_KEYS=most_keys)
+    return mock.patch.multiple(masked_wide, SLAB_BYTES=[score_bytes], MOST_KEYS=most_keys)
 
 
 @pytest.mark.gpu
@@ -245,7 +245,7 @@ def test_bad_arguments_are_refused(changed: dict[str, Any], said: str, device: t
 def test_slabs_are_all_of_the_scores_once(pairs: int, queries: int, keys: int, limit: int, most_keys: int) -> None:
     seen = torch.zeros(pairs, queries, keys, dtype=torch.int32)
     with cut(limit, most_keys):
-        slabs = list(masked_wide._slabs(pairs, queries, keys, 2))
+        slabs = list(masked_wide._slabs(pairs, queries, keys, limit // 2))
     for slab in slabs:
         seen[slab.pair : slab.pair + slab.pairs, slab.row : slab.row + slab.rows, slab.key : slab.key + slab.keys] += 1
         assert slab.row % 64 == slab.key % 64 == 0
@@ -259,18 +259,49 @@ def test_slabs_are_all_of_the_scores_once(pairs: int, queries: int, keys: int, l
     assert (seen == 1).all()
 
 
+def plan_of(shape: tuple[int, ...], parts: int, wanted: tuple[bool, bool, bool]) -> masked_wide.Plan:
+    """Of the backward pass of (B, H, T, width) on 132 multiprocessors."""
+    batch, heads, tokens, width = shape
+    x = torch.empty(batch, heads * parts, tokens, width, device="meta")
+    mask = torch.empty(1, 1, tokens, tokens, device="meta")
+    with mock.patch.object(masked_wide, "multiprocessors", return_value=132):
+        return masked_wide._backward_plan(x, x, x, mask, parts, wanted)[0]
+
+
 def test_plan_of_one_head_of_768() -> None:
-    """All of P at once, forward and backward, and then A: 17 rounds of tiles, where two halves of both take 18."""
-    assert list(masked_wide._slabs(16, 1024, 1024, 2)) == [Slab(0, 16, 0, 1024, 0, 1024)]
-    halves = [Slab(pair, 8, 0, 1024, 0, 1024) for pair in (0, 8)]
-    assert list(masked_wide._slabs(16, 1024, 1024, 4)) == halves
-    assert masked_wide._tile([(1024, 1024)] * 2, 8, 132) == LONG
-    assert masked_wide._tile([(192, 192)], 132, 132) == SQUARE
-    x, mask = torch.empty(16, 1, 1024, 768, device="meta"), torch.empty(1, 1, 1024, 1024, device="meta")
-    for wanted, rounds in (((True, True, True), 18), ((False, False, True), 7), ((True, True, False), 10)):
-        with mock.patch.object(masked_wide, "multiprocessors", return_value=132):
-            plan, _ = masked_wide._backward_plan(x, x, x, mask, 1, wanted)
-        assert plan.time == rounds * math.prod(LONG)
+    """All of P at once and then all of A: 17 rounds of tiles, where halves of both take 18, and no more memory."""
+    assert list(masked_wide._slabs(16, 1024, 1024, 2**24)) == [Slab(0, 16, 0, 1024, 0, 1024)]
+    both, of_p, of_a = (
+        plan_of((16, 1, 1024, 768), 1, x) for x in ((True, True, True), (False, False, True), (True, True, False))
+    )
+    assert both.slabs == [Slab(pair, 8, 0, 1024, 0, 1024) for pair in (0, 8)]
+    assert len(of_p.slabs) == len(of_a.slabs) == 1
+    area, fixed = math.prod(LONG), masked_wide.FIXED
+    assert both.time == 2 * (4 * area * (768 + fixed) + 5 * area * (1024 + fixed) + masked_wide.LAUNCHES)
+    assert of_p.time == 4 * area * (768 + fixed) + 3 * area * (1024 + fixed) + masked_wide.LAUNCHES
+    assert of_p.time + of_a.time < both.time
+
+
+def test_tiles_by_whole_rounds() -> None:
+    assert masked_wide._tile([(1024, 1024, 768)] * 2, 8, 132) == LONG
+    assert masked_wide._tile([(192, 192, 768)], 132, 132) == SQUARE
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts", "mebibytes"),
+    [
+        ((16, 1, 1024, 768), 1, 32),  # the other halves save two launches
+        ((16, 2, 1024, 384), 1, 64),
+        ((2, 12, 4096, 192), 1, 128),
+        ((16, 6, 1024, 128), 3, 64),  # 5 pairs
+        ((1, 1, 128, 768), 1, 32),
+    ],
+)
+def test_slabs_are_no_larger_than_is_worth_it(shape: tuple[int, ...], parts: int, mebibytes: int) -> None:
+    of_p = plan_of(shape, parts, (False, False, True)).slabs[0]
+    size = of_p.pairs * of_p.rows * of_p.keys * 2 * parts / 2**20
+    assert size <= mebibytes
+    assert size > mebibytes / 2 or mebibytes == 32
 
 
 @pytest.mark.parametrize(
