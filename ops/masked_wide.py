@@ -1,8 +1,8 @@
 """Masked attention of wide heads by the CUDA kernels: scores of a slab go through memory, and are multiplied there.
 
 A multiprocessor holds no output of a wide head, so blocks that make scores again for each part of it would make them
-many times. Here they are made once, for as many pairs of batch and head at a time as the second cache holds, or for
-queries and keys of one pair:
+many times. Here they are made once, a slab at a time: those of a few pairs of batch and head, or of queries and keys
+of one pair:
 
     scores     P = (q kᵀ) ⊙ mask, A = (do vᵀ) ⊙ mask
     products   o = P v, dq = A k, dk = Aᵀ q, dv = Pᵀ do
@@ -21,11 +21,13 @@ from torch import Tensor
 from .kernels import multiprocessors, sum_groups
 
 SQUARE, LONG, OF_PARTS = (192, 192), (128, 256), (128, 128)  # kSquareTile, kLongTile, kPartsTile of csrc/
-SLAB_BYTES = 32 * 2**20, 64 * 2**20, 128 * 2**20  # of the scores that are in memory at a time, one of these:
-WORTH = 1.1  # the smallest that takes at most so many times the least time
-FIXED = 256  # a tile takes as long as if its products had so many terms more (H200)
-LAUNCHES = 2**24  # those of a slab take as long as so many terms of one block (H200)
-MOST_KEYS = 4096  # of a slab that is a part of a pair: a multiple of 64
+SLAB_BYTES = 32 * 2**20, 64 * 2**20, 128 * 2**20  # of the scores that are in memory at a time: one of these,
+WORTH = 1.1  # the smallest with which a pass takes at most so many times what it takes with the best
+# Time that is no product's, in terms that a block adds up meanwhile, fitted to an H200:
+FIXED = 256  # for each entry of a tile: its weight, its way to memory
+SUMS = 512  # for each entry of an output that several slabs add to
+LAUNCHES = 2**24  # for the two launches of a slab
+MOST_KEYS = 2**16  # of a slab that is a part of a pair: a multiple of 64
 GRADIENT_ROWS, GRADIENT_COLUMNS, GRADIENT_COLUMNS_OF_PARTS = 128, 128, 64  # of csrc/mask_gradient.h
 
 
@@ -182,9 +184,10 @@ def _plan_within(
     slabs = list(_slabs(pairs, mask.shape[2], mask.shape[3], limit // (2 * parts * len(depths))))
     first, products = slabs[0], parts * (parts + 1) // 2
     scores = [(first.rows, first.keys, depth * products) for depth in depths]
+    for_rows = first.keys * products + SUMS * (first.keys < mask.shape[3])
+    for_keys = first.rows * products + SUMS * (first.rows < mask.shape[2])
     of_scores = [
-        (first.keys, width, first.rows * products) if transposed else (first.rows, width, first.keys * products)
-        for transposed, width in outputs
+        (first.keys, width, for_keys) if transposed else (first.rows, width, for_rows) for transposed, width in outputs
     ]
     tiles = [OF_PARTS if parts > 1 else _tile(sizes, first.pairs, slots) for sizes in (scores, of_scores)]
     time = sum(_time(tile, x, first.pairs, slots) for tile, x in zip(tiles, (scores, of_scores), strict=True))
@@ -200,13 +203,19 @@ def _slabs(pairs: int, queries: int, keys: int, limit: int) -> Iterator[Slab]:
         for pair in range(0, pairs, each):
             yield Slab(pair, min(each, pairs - pair), 0, queries, 0, keys)
         return
-    rows = limit // min(width, MOST_KEYS)
-    whole = 384 if rows >= 384 else 128  # tiles of either shape, or of the lower one
-    rows = max(rows // whole, 1) * whole
+    # As many queries as keys, so that gradients of either are sums as long, and blocks that make them take as long.
+    columns = _even(keys, min(max(math.isqrt(limit), limit // max(queries, 128)), MOST_KEYS), 64)
+    rows = _even(queries, limit // columns, 128)
     for pair in range(pairs):
         for row in range(0, queries, rows):
-            for key in range(0, keys, MOST_KEYS):
-                yield Slab(pair, 1, row, min(rows, queries - row), key, min(MOST_KEYS, keys - key))
+            for key in range(0, keys, columns):
+                yield Slab(pair, 1, row, min(rows, queries - row), key, min(columns, keys - key))
+
+
+def _even(length: int, most: int, whole: int) -> int:
+    """Length of even cuts, the fewest, each a multiple of `whole` but the last, and at most `most` or one `whole`."""
+    count = -(-length // (max(most // whole, 1) * whole))
+    return -(-length // (count * whole)) * whole
 
 
 def _tile(products: list[tuple[int, int, int]], pairs: int, slots: int) -> tuple[int, int]:
