@@ -61,7 +61,8 @@ __device__ inline void arrive_as_warp(Barrier& barrier) {
 // Makes initialised barriers visible to the copy engine.
 __device__ inline void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// Makes this thread's ordinary writes to shared memory visible to the tensor cores and the copy engine.
+// Makes this thread's ordinary writes to shared memory visible to the tensor cores and the copy engine, and lets its
+// reads be over before the copy engine writes there: an arrival alone does not wait for them.
 __device__ inline void fence_for_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Barrier 1 to 15 among the `threads` threads that call it.

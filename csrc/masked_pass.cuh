@@ -47,6 +47,7 @@ struct MaskedConsumer {
         for (int part = 0; part < T::kParts; ++part)
 #pragma unroll
           for (int i = 0; i < kSteps; ++i) load_x(x[problem][part][i], x_address(problem, part), at, i);
+      fence_for_async();
       arrive_as_warp(shared.x_empty);
     }
   }

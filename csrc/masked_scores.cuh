@@ -101,6 +101,7 @@ struct ScoresMaker : PartsConsumer<T> {
           values[i * 2] *= weight.x, values[i * 2 + 1] *= weight.y;
         }
       }
+      fence_for_async();  // the mask is read before the next box takes its place
       this->release(stage);
       ++this->step;
     }

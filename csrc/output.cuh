@@ -329,6 +329,8 @@ struct OutputMaker {
       put_down(o, of.left);
       if (chunk.cut_off(p)) store_rows(chunk, of.left);
       if constexpr (V::kSums) give_away(of.left, outputs);
+    } else if constexpr (V::kThrough) {
+      fence_for_async();  // vectors are read before others take their place
     }
     arrive_as_warp(shared.put_down[stage]);
     arrive_as_warp(shared.empty[stage]);
