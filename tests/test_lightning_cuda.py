@@ -273,6 +273,27 @@ def test_split_anywhere(at: int, dtype: torch.dtype, device: torch.device) -> No
 
 
 @every_type
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(T=1024, B=8, H=12, Gk=g, Gv=g, D=64, E=64, qk_norm=n) for g in (1, 12) for n in (False, True)),
+        Case(T=1024, B=4, H=8, Gk=1, Gv=1, D=128, E=128, qk_norm=True),
+        Case(T=1024, B=4, H=8, Gk=8, Gv=8, D=256, E=256, qk_norm=True),
+        *(Case(T=2048, B=4, H=2, Gk=2, Gv=1, D=width, E=width) for width in (384, 768, 1024)),
+    ],
+    ids=str,
+)
+def test_blocks_that_do_one_piece_of_work_after_another(case: Case, dtype: torch.dtype, device: torch.device) -> None:
+    """Where a stage is needed again, a read that comes too late is wrong now and then."""
+    check(case, device, dtype)
+    tensors, grads = inputs(case, device, dtype), output_gradients(case, device, dtype)
+    first = run(by_kernels, tensors, *grads, qk_norm=case.qk_norm)
+    for _ in range(5):
+        for name, x in run(by_kernels, tensors, *grads, qk_norm=case.qk_norm).items():
+            assert torch.equal(x, first[name]), name
+
+
+@every_type
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_hundred_repeats_are_equal(qk_norm: bool, dtype: torch.dtype, device: torch.device) -> None:
     case = Case(T=1500, D=128, E=128, Gk=2, Gv=1, qk_norm=qk_norm)

@@ -17,10 +17,12 @@ from masked_cases import (
     Numbers,
     assert_equal,
     by_kernels,
+    given,
     masked_call,
     masked_case,
     masked_spread,
     plain,
+    run_masked,
 )
 from operator_cases import assert_accurate
 
@@ -66,6 +68,12 @@ LAYOUTS = [
     for (d, e), layout in itertools.product(
         ((64, 32), (40, 72), (5, 7)), ("transposed", "projection", "columns", "expanded")
     )
+]
+LONG = [
+    MaskedCase(1024, 1024, B=4, H=12, Gk=12, Gv=1, D=64, E=64, per_row=False, per_head=False),
+    MaskedCase(1024, 1100, B=2, H=12, Gk=12, Gv=12, D=128, E=96, per_row=False, per_head=False),
+    MaskedCase(1024, 1024, B=8, H=2, Gk=2, Gv=2, D=256, E=256, per_row=False, per_head=False),
+    MaskedCase(6000, 5000, D=512, E=512, **ONE),
 ]
 SHARED = [  # groups of 4 and of 2 heads
     MaskedCase(100, 200, D=64, E=64, H=8, Gk=2, Gv=1),
@@ -115,6 +123,21 @@ def test_every_mask(case: MaskedCase, numbers: Numbers, device: torch.device) ->
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_inputs_as_a_model_gives_them(case: MaskedCase, numbers: Numbers, device: torch.device) -> None:
     check(case, numbers, device)
+
+
+@pytest.mark.gpu
+@every_type
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_blocks_that_do_one_piece_of_work_after_another(
+    case: MaskedCase, numbers: Numbers, device: torch.device
+) -> None:
+    """Where a stage is needed again, a read that comes too late is wrong now and then."""
+    check(case, numbers, device)
+    tensors, do = given(case, numbers, device)
+    with float32_products(numbers.precision):
+        first = run_masked(by_kernels, tensors, do)
+        for _ in range(5):
+            assert_equal(run_masked(by_kernels, tensors, do), first)
 
 
 @pytest.mark.gpu
