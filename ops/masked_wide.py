@@ -11,8 +11,9 @@ float32 goes in as bfloat16 parts that add up to it, (B, heads × parts, T, widt
 the two; `parts` is their number, 2 or 3, and 1 for 2-byte types, which go in as `for_kernel` makes them.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,10 @@ SUMS = 512  # for each entry of an output that several slabs add to
 LAUNCHES = 2**24  # for the two launches of a slab
 MOST_KEYS = 2**16  # of a slab that is a part of a pair: a multiple of 64
 GRADIENT_ROWS, GRADIENT_COLUMNS, GRADIENT_COLUMNS_OF_PARTS = 128, 128, 64  # of csrc/mask_gradient.h
+
+
+Outputs = tuple[tuple[bool, int], ...]  # of each: whether scores are transposed for it, and its width
+TileOf = Callable[[list[tuple[int, int, int]], int, int], tuple[int, int]]  # as `_tile`
 
 
 class Slab(NamedTuple):
@@ -55,7 +60,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, parts: int) -> Tensor
     """o (B, H, Lq, E) in v's type, or in float32 from parts; E as in v."""
     heads = q.shape[1] // parts
     o = _output(q, v, heads, q.shape[2], parts)
-    plan = _plan(q, mask, parts, [q.shape[3]], [(False, v.shape[3])])
+    plan = _plan(q, mask, parts, (q.shape[3],), ((False, v.shape[3]),))
     sums = _Sums(plan, {"o": (False, v.shape[3])}, q)
     room = _room(q, plan, parts)
     for slab in plan.slabs:
@@ -162,39 +167,59 @@ def _backward_plan(
     """And by name of what is wanted: whether scores are transposed for it, and its width."""
     every = {"dq": (False, q.shape[3]), "dk": (True, k.shape[3]), "dv": (True, v.shape[3])}
     outputs = {name: of for (name, of), want in zip(every.items(), wanted, strict=True) if want}
-    depths = [v.shape[3]] * any(wanted[:2]) + [q.shape[3]] * wanted[2]
-    return _plan(q, mask, parts, depths, list(outputs.values())), outputs
+    depths = (v.shape[3],) * any(wanted[:2]) + (q.shape[3],) * wanted[2]
+    return _plan(q, mask, parts, depths, tuple(outputs.values())), outputs
 
 
-def _plan(q: Tensor, mask: Tensor, parts: int, depths: list[int], outputs: list[tuple[bool, int]]) -> Plan:
-    """For P or A or both, of which the products are so deep, and outputs, each transposed or not, and so wide."""
+def _plan(q: Tensor, mask: Tensor, parts: int, depths: tuple[int, ...], outputs: Outputs) -> Plan:
+    """For P or A or both, of which the products are so deep, and what is made of them."""
+    sizes = q.shape[0] * q.shape[1] // parts, mask.shape[2], mask.shape[3]
+    return _best_plan(sizes, parts, depths, outputs, multiprocessors(q.device), tuple(SLAB_BYTES), MOST_KEYS, _tile)
+
+
+@functools.lru_cache(maxsize=256)  # the planning of a pass takes longer than its launches
+def _best_plan(
+    sizes: tuple[int, int, int],
+    parts: int,
+    depths: tuple[int, ...],
+    outputs: Outputs,
+    slots: int,
+    slab_bytes: tuple[int, ...],
+    most_keys: int,
+    tile_of: TileOf,
+) -> Plan:
     plans = []
-    for limit in SLAB_BYTES:
-        plans.append(_plan_within(limit, q, mask, parts, depths, outputs))
-        if len(plans[-1].slabs) == 1:
+    for limit in slab_bytes:
+        slabs = list(_slabs(*sizes, limit // (2 * parts * len(depths)), most_keys))
+        plans.append(_plan_of(slabs, sizes, parts, depths, outputs, slots, tile_of))
+        if len(slabs) == 1:
             break
     enough = WORTH * min(plan.time for plan in plans)
     return next(plan for plan in plans if plan.time <= enough)
 
 
-def _plan_within(
-    limit: int, q: Tensor, mask: Tensor, parts: int, depths: list[int], outputs: list[tuple[bool, int]]
+def _plan_of(
+    slabs: list[Slab],
+    sizes: tuple[int, int, int],
+    parts: int,
+    depths: tuple[int, ...],
+    outputs: Outputs,
+    slots: int,
+    tile_of: TileOf,
 ) -> Plan:
-    pairs, slots = q.shape[0] * q.shape[1] // parts, multiprocessors(q.device)
-    slabs = list(_slabs(pairs, mask.shape[2], mask.shape[3], limit // (2 * parts * len(depths))))
     first, products = slabs[0], parts * (parts + 1) // 2
     scores = [(first.rows, first.keys, depth * products) for depth in depths]
-    for_rows = first.keys * products + SUMS * (first.keys < mask.shape[3])
-    for_keys = first.rows * products + SUMS * (first.rows < mask.shape[2])
+    for_rows = first.keys * products + SUMS * (first.keys < sizes[2])
+    for_keys = first.rows * products + SUMS * (first.rows < sizes[1])
     of_scores = [
         (first.keys, width, for_keys) if transposed else (first.rows, width, for_rows) for transposed, width in outputs
     ]
-    tiles = [OF_PARTS if parts > 1 else _tile(sizes, first.pairs, slots) for sizes in (scores, of_scores)]
+    tiles = [OF_PARTS if parts > 1 else tile_of(x, first.pairs, slots) for x in (scores, of_scores)]
     time = sum(_time(tile, x, first.pairs, slots) for tile, x in zip(tiles, (scores, of_scores), strict=True))
     return Plan(slabs, tiles[0], tiles[1], len(slabs) * (time + LAUNCHES))
 
 
-def _slabs(pairs: int, queries: int, keys: int, limit: int) -> Iterator[Slab]:
+def _slabs(pairs: int, queries: int, keys: int, limit: int, most_keys: int) -> Iterator[Slab]:
     """Cuts of no more scores than `limit`, but for 128 queries at least."""
     width = -(-keys // 8) * 8
     if queries * width <= limit:
@@ -204,7 +229,7 @@ def _slabs(pairs: int, queries: int, keys: int, limit: int) -> Iterator[Slab]:
             yield Slab(pair, min(each, pairs - pair), 0, queries, 0, keys)
         return
     # As many queries as keys, so that gradients of either are sums as long, and blocks that make them take as long.
-    columns = _even(keys, min(max(math.isqrt(limit), limit // max(queries, 128)), MOST_KEYS), 64)
+    columns = _even(keys, min(max(math.isqrt(limit), limit // max(queries, 128)), most_keys), 64)
     rows = _even(queries, limit // columns, 128)
     for pair in range(pairs):
         for row in range(0, queries, rows):
