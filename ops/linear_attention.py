@@ -88,8 +88,7 @@ def flash_linear_attention(
         o (B, H, Lq, E) in v's type; sums are kept in float32 (float64 for float64).
 
     Gradients flow to q, k, v and mask, once: a second or a forward-mode derivative is an error, and so is
-    `torch.func.grad`. Under autocast q, k, v and a mask of floats are cast to
-    its type, unless q is float64.
+    `torch.func.grad`. Under autocast q, k, v and a mask of floats are cast to its type, unless q is float64.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
