@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from training.errors import CheckpointError
-from training.storage import disk_errors, sync
+from training.storage import disk_errors, remove_unfinished, replace_file
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,10 @@ class EvaluationRecord:
 
 
 class MetricsWriter:
-    """Appends records to the two files of a run, each line flushed as it is written.
+    """Appends records to the two files of a run, each line whole and at once.
 
-    Opening drops the lines of steps after `resume_step` and a line that a killed process left torn.
+    Opening drops the lines of steps after `resume_step` and a line that a killed process left torn. A record of the
+    step of the last line takes its place: a run that is killed after its last checkpoint evaluates once more.
 
     Args:
         out: the run's folder.
@@ -76,17 +77,12 @@ class MetricsWriter:
 
     def __init__(self, out: Path, resume_step: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self._paths = {StepRecord: out / "metrics.jsonl", EvaluationRecord: out / "evaluations.jsonl"}
-        for path in self._paths.values():
-            _rewind(path, resume_step)
-        self._files = {kind: path.open("a", encoding="utf-8") for kind, path in self._paths.items()}
+        names = {StepRecord: "metrics.jsonl", EvaluationRecord: "evaluations.jsonl"}
+        self._files = {kind: _RecordFile(out / name, resume_step) for kind, name in names.items()}
 
     def write(self, record: StepRecord | EvaluationRecord) -> None:
         """Append a record to its file; numbers that are not finite become null, which keeps the line valid JSON."""
-        kind = type(record)
-        with disk_errors(self._paths[kind]):
-            self._files[kind].write(_line(dataclasses.asdict(record)))
-            self._files[kind].flush()
+        self._files[type(record)].append(dataclasses.asdict(record))
 
     def close(self) -> None:
         """Close both files."""
@@ -94,11 +90,47 @@ class MetricsWriter:
             file.close()
 
 
-def _line(record: dict[str, Any]) -> str:
+class _RecordFile:
+    """A JSONL file that holds whole lines: one that does not fit on the disk is cut off again."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self._path = path
+        with disk_errors(path):
+            records = _rewind(path, resume_step)
+            self._file = path.open("ab", buffering=0)
+        self._end = self._file.seek(0, os.SEEK_END)
+        self._last_step = records[-1]["step"] if records else 0
+        self._last_begin = self._end - (len(_line(records[-1])) if records else 0)
+
+    def append(self, record: dict[str, Any]) -> None:
+        line = _line(record)
+        with disk_errors(self._path):
+            if record["step"] == self._last_step:
+                self._cut(self._last_begin)
+            try:
+                self._write(line)
+            except OSError:
+                self._cut(self._end)
+                raise
+        self._last_step, self._last_begin, self._end = record["step"], self._end, self._end + len(line)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _cut(self, end: int) -> None:
+        self._file.truncate(end)
+        self._end = end
+
+    def _write(self, line: bytes) -> None:
+        while line:
+            line = line[self._file.write(line) :]
+
+
+def _line(record: dict[str, Any]) -> bytes:
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
-    return json.dumps(finite, allow_nan=False) + "\n"
+    return (json.dumps(finite, allow_nan=False) + "\n").encode()
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -121,16 +153,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _rewind(path: Path, resume_step: int) -> None:
-    """Replace a file, atomically, by its records up to a step."""
-    kept = "".join(_line(record) for record in read_records(path) if record["step"] <= resume_step).encode()
+def _rewind(path: Path, resume_step: int) -> list[dict[str, Any]]:
+    """Replace a file, atomically, by its records up to a step, and return those."""
+    remove_unfinished(path)
+    records = [record for record in read_records(path) if record["step"] <= resume_step]
+    kept = b"".join(map(_line, records))
     if path.exists() and path.read_bytes() != kept:
-        temporary = path.with_name(f".{path.name}.rewinding")
-        with disk_errors(temporary):
-            temporary.write_bytes(kept)
-            sync(temporary)
-            os.replace(temporary, path)
-            sync(path.parent)
+        replace_file(path, kept)
+    return records
 
 
 class ModelShape(Protocol):

@@ -1,11 +1,13 @@
 """The loss curve of one or more runs as a figure."""
 
+import io
 import math
 from pathlib import Path
 from typing import Any
 
 from training.errors import ConfigError
 from training.metrics import read_records
+from training.storage import disk_errors, replace_file
 
 _SMOOTHED_SHARE = 0.02  # of the steps, to each side
 
@@ -20,6 +22,7 @@ def plot_runs(outs: list[Path], target: Path) -> None:
     Raises:
         ConfigError: a folder is no run with at least one step, or the format is unknown.
         CheckpointError: a file of metrics is damaged.
+        ResourceError: the disk is full; an earlier figure is still there.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -40,11 +43,11 @@ def plot_runs(outs: list[Path], target: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    try:
+    content = io.BytesIO()
+    figure.savefig(content, format=target.suffix[1:], dpi=150)
+    with disk_errors(target, otherwise=ConfigError):
         target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=150)
-    except OSError as error:
-        raise ConfigError(f"{target}: can't be written: {error.strerror}") from error
+        replace_file(target, content.getvalue())
 
 
 def _draw_run(axes: Any, label: str, color: str, steps: list[dict], evaluations: list[dict]) -> None:

@@ -13,24 +13,31 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failure to write `path` into a ResourceError if the disk is full, else into a CheckpointError.
-
-    safetensors and tokenizers raise no OSError: the mark of theirs is "os error N" in the message.
-    """
+def disk_errors(path: Path, otherwise: type[RunError] = CheckpointError) -> Iterator[None]:
+    """Turn a failure to write `path` into a ResourceError if the disk is full, else into `otherwise`."""
     try:
         yield
     except RunError:
         raise
     except BaseException as error:
-        mark = re.search(r"\(os error (\d+)\)", str(error))
-        if not isinstance(error, OSError) and mark is None:
+        number = error_number(error)
+        if number is None:
             raise
-        number = error.errno if isinstance(error, OSError) else int(mark[1]) if mark else None
         where = getattr(error, "filename", None) or path
         if number in DISK_FULL:
             raise ResourceError(f"{where}: the disk, a quota or a file size limit is full: {error}") from error
-        raise CheckpointError(f"{where}: can't be written: {error}") from error
+        raise otherwise(f"{where}: can't be written: {error}") from error
+
+
+def error_number(error: BaseException) -> int | None:
+    """Return the errno of a failed system call, None for other exceptions.
+
+    safetensors and tokenizers raise no OSError: the mark of theirs is "os error N" in the message.
+    """
+    if isinstance(error, OSError):
+        return error.errno or 0
+    mark = re.search(r"\(os error (\d+)\)", str(error))
+    return int(mark[1]) if mark else None
 
 
 def sync(path: Path) -> None:
@@ -40,3 +47,29 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file in one piece: whoever opens it, even after a kill, sees the old content or the new one, whole.
+
+    Raises:
+        OSError: it can't be written; the old content is there, and nothing partial beside it.
+    """
+    temporary = _unfinished(path)
+    try:
+        temporary.write_bytes(content)
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what a `replace_file` that was killed has left beside `path`."""
+    _unfinished(path).unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.writing")
