@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from training.config import DataConfig
 from training.errors import ConfigError, DataError
-from training.progress import storage_error, working
+from training.progress import working
 
 Split = Literal["train", "validation"]
 Skipped = Counter[str]
@@ -204,7 +204,7 @@ def _file_source(files: list[Path], read: Callable[[Path, str, Skipped], Iterato
             identity = _files_identity(files)
         num_bytes = sum(path.stat().st_size for path in files)
     except OSError as error:
-        raise storage_error(str(error), error) from error
+        raise DataError(str(error)) from error
     holds_records = config.corpus in ("jsonl", "parquet")
     return Source(
         identity=f"{identity} {config.text_column}" if holds_records else identity,

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from training.errors import DataError, ResourceError, RunError
-from training.storage import DISK_FULL, sync
+from training.storage import DISK_FULL, error_number, sync
 
 
 @contextmanager
@@ -64,13 +64,16 @@ def build_once(folder: Path, label: str, build: Callable[[Path], object]) -> Non
             if not folder.exists():
                 _remove_leftovers(folder)
                 _build(folder, build)
-    except OSError as error:
-        raise storage_error(f"{label}: {error}", error) from error
-
-
-def storage_error(message: str, error: OSError) -> RunError:
-    """Return a ResourceError where `error` means a full disk, otherwise a DataError."""
-    return (ResourceError if error.errno in DISK_FULL else DataError)(message)
+    except RunError:
+        raise
+    except BaseException as error:
+        number = error_number(error)
+        if number is None:
+            raise
+        if number in DISK_FULL:
+            full = f"{label}: {folder}: the disk, a quota or a file size limit is full: {error}"
+            raise ResourceError(full) from error
+        raise DataError(f"{label}: {error}") from error
 
 
 def _beside(folder: Path, suffix: str) -> Path:

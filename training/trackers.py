@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from training.config import TrackingConfig
 from training.errors import ConfigError
+from training.storage import disk_errors
 
 REDACTED = "[redacted]"
 # A "token" is a secret as the last word of a key alone: token_budget and eval_tokens are sizes.
@@ -86,8 +87,9 @@ class Trackers:
         if self._wandb:
             self._wandb.log({"step": step, **numbers})
         if self._tensorboard:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
+            with disk_errors(Path(self._tensorboard.log_dir)):
+                for name, value in numbers.items():
+                    self._tensorboard.add_scalar(name, value, step)
 
     def log_text(self, step: int, name: str, text: str) -> None:
         """Log a text, white space kept."""
@@ -97,14 +99,16 @@ class Trackers:
 
             self._wandb.log({"step": step, name: wandb.Html(page)})
         if self._tensorboard:
-            self._tensorboard.add_text(name, page, step)
+            with disk_errors(Path(self._tensorboard.log_dir)):
+                self._tensorboard.add_text(name, page, step)
 
     def close(self, exit_code: int = 0) -> None:
         """Write what is pending, within the time limit of wandb's upload; a run that failed is marked so."""
         if self._wandb:
             self._wandb.finish(exit_code=exit_code)
         if self._tensorboard:
-            self._tensorboard.close()
+            with disk_errors(Path(self._tensorboard.log_dir)):
+                self._tensorboard.close()
 
 
 def open_trackers(
@@ -125,6 +129,7 @@ def open_trackers(
 
     Raises:
         ConfigError: as `check_trackers`.
+        ResourceError: the disk is full, which also the methods of `Trackers` raise.
     """
     check_trackers(config)
     wandb_run = tensorboard = None
@@ -133,7 +138,9 @@ def open_trackers(
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+        folder = out / "tensorboard"
+        with disk_errors(folder):
+            tensorboard = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
     return Trackers(wandb_run, tensorboard)
 
 
