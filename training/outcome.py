@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from training.errors import EXIT_SIGTERM, ResourceError, RunError
+from training.storage import replace_file
 
 
 class Interrupted(RunError):
@@ -49,10 +50,8 @@ def _write(out: Path | None, code: int, reason: str) -> None:
     """Write `exit.json` in one piece; a run that never got its folder has none."""
     if out is None or int(os.environ.get("RANK", "0")) != 0:
         return
-    temporary = out / ".exit.json.writing"
     try:
-        temporary.write_text(json.dumps({"exit_code": code, "reason": reason}) + "\n", encoding="utf-8")
-        temporary.replace(out / "exit.json")
+        replace_file(out / "exit.json", (json.dumps({"exit_code": code, "reason": reason}) + "\n").encode())
     except OSError as error:  # the disk may be what failed; the exit code still tells
         print(f"{out / 'exit.json'}: not written: {error.strerror}", file=sys.stderr)
 
