@@ -46,7 +46,7 @@ from training.setup import (
     refuse_other_run,
     run_identity,
 )
-from training.storage import disk_errors
+from training.storage import disk_errors, remove_unfinished, replace_file
 from training.tokenizer import load_tokenizer, token_byte_lengths
 from training.trackers import check_trackers, open_trackers
 
@@ -316,8 +316,11 @@ class Trainer:
                 raise ConfigError(f"--out: {self.out} is in use by another run") from None
             stack.callback(lock.release)
             clean_leftovers(self.out)
-            text = yaml.safe_dump(config_dict(self.config), sort_keys=False)
-            (self.out / "config.yaml").write_text(text, encoding="utf-8")
+            for name in ("exit.json", "loss.png"):
+                remove_unfinished(self.out / name)
+            (self.out / "exit.json").unlink(missing_ok=True)  # of the run that goes on; killed, it would have none
+        with disk_errors(self.out / "config.yaml"):
+            replace_file(self.out / "config.yaml", yaml.safe_dump(config_dict(self.config), sort_keys=False).encode())
         self.metrics = stack.enter_context(contextlib.closing(MetricsWriter(self.out, self.step)))
         self.trackers = open_trackers(
             self.config.tracking, self.out, config_dict(self.config), self.tracker_run_id, self.step
