@@ -1,10 +1,17 @@
 """Fixtures that all tests share: devices, the skip of GPU tests, and memory that shows what was never written."""
 
 import os
+import random
 import tempfile
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from fault_runs import Template
+
+pytest.register_assert_rewrite("fault_runs")  # else its asserts would not show what differs
 
 # Graphs that an earlier version of an operator was compiled into must not answer for this one.
 _compiled = tempfile.TemporaryDirectory(prefix="compiled-")
@@ -17,6 +24,10 @@ import torch  # noqa: E402 (reads both variables)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sweep", type=int, metavar="N", help="random calls of each operator, other ones in every run")
+    parser.addoption(
+        "--faults", action="store_true", help="the long form of the fault tests, other faults in every run"
+    )
+    parser.addoption("--fault-seed", type=int, metavar="N", help="the faults of the run that printed this seed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,6 +58,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(scope="session")
+def template() -> Iterator["Template"]:
+    """Where runs of `train.py` start in a moment; see `fault_runs.py`."""
+    from fault_runs import Template
+
+    started = Template()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def fault_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command line of a run that takes a second; its tokens are cached by the first."""
+    from fault_runs import small_run
+
+    return small_run(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def long_form(request: pytest.FixtureRequest) -> bool:
+    """Whether `--faults` asks for many faults instead of a few."""
+    return request.config.getoption("--faults")
+
+
+@pytest.fixture
+def fault_generator(request: pytest.FixtureRequest, long_form: bool) -> random.Random:
+    """What chooses faults: the same ones in every run without `--faults`, else by the seed that is printed."""
+    seed = request.config.getoption("--fault-seed")
+    if seed is None:
+        seed = random.SystemRandom().randrange(10**6) if long_form else 0
+    print(f"--fault-seed {seed}")
+    return random.Random(seed)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
