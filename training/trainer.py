@@ -30,6 +30,7 @@ from training.config import Config, config_dict
 from training.data import BatchOrder, Prepared, batch_sha, collate, evaluation_batches, prepare
 from training.errors import ConfigError, NonFiniteError, ResourceError
 from training.evaluation import Score, complete, score
+from training.manifest import step_folders
 from training.metrics import EvaluationRecord, MetricsWriter, StepRecord, Throughput, flops_per_token, mfu, peak_flops
 from training.modelcard import model_card
 from training.optim import build_optimizer, learning_rate, set_learning_rate
@@ -128,6 +129,7 @@ class Trainer:
     @contextmanager
     def opened(self, resume: str) -> Iterator[None]:
         """The run's folder, made or gone on with, and everything that is closed at the end."""
+        before = step_folders(self.out)
         checkpoint, passed_over = find_checkpoint(self.out, resume)
         for message in passed_over:
             self._say(f"not resumed from: {message}")
@@ -135,7 +137,7 @@ class Trainer:
             self._load(checkpoint)
         with contextlib.ExitStack() as stack:
             if self.main:
-                self._open_folder(stack)
+                self._open_folder(stack, before)
             bar_options: dict[str, Any] = {"mininterval": 0.5 if sys.stderr.isatty() else 5.0, "dynamic_ncols": True}
             total = self.config.training.steps
             self.bar = stack.enter_context(
@@ -306,7 +308,7 @@ class Trainer:
         self.tracker_run_id = state["wandb_run_id"]
         self.saved = self.step
 
-    def _open_folder(self, stack: contextlib.ExitStack) -> None:
+    def _open_folder(self, stack: contextlib.ExitStack, before: list[Path]) -> None:
         with disk_errors(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.out / ".lock")
@@ -315,6 +317,8 @@ class Trainer:
             except Timeout:
                 raise ConfigError(f"--out: {self.out} is in use by another run") from None
             stack.callback(lock.release)
+            if step_folders(self.out) != before:  # by a run that has ended since this one looked for a checkpoint
+                raise ConfigError(f"--out: {self.out} was changed by another run; start again to go on from there")
             clean_leftovers(self.out)
             for name in ("exit.json", "loss.png"):
                 remove_unfinished(self.out / name)
