@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,18 @@ from filelock import FileLock
 
 from training.config import Config, DataConfig, TokenizerConfig
 from training.corpus import open_corpus
-from training.data import BatchOrder, PackedTokens, batch_sha, collate, cut, evaluation_batches, prepare
+from training.data import (
+    BatchOrder,
+    PackedTokens,
+    _open_tokens,
+    _pack,
+    _read_meta,
+    batch_sha,
+    collate,
+    cut,
+    evaluation_batches,
+    prepare,
+)
 from training.errors import DataError, ResourceError
 from training.progress import working
 from training.tokenizer import load_sentencepiece
@@ -129,15 +141,21 @@ def test_too_little_text_names_both_numbers(base, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train.ids.bin", "validation.offsets.bin", "meta.json"])
-@pytest.mark.parametrize("damage", ["truncated", "removed"])
+@pytest.mark.parametrize("damage", ["truncated", "removed", "flipped"])
 def test_damaged_token_files_are_noticed(base, tmp_path, name, damage):
     config = changed(base, cache_dir=str(tmp_path))
     config = replace(config, tokenizer=TokenizerConfig(path=str(prepare(base).tokenizer_folder)))
     path = tmp_path / "tokens" / prepare(config).fingerprint / name
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-4])
-    else:
+    elif damage == "removed":
         path.unlink()
+    elif name == "meta.json":
+        path.write_text(path.read_text().replace("<u2", "<i2"))
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
     with pytest.raises(DataError, match=name):
         prepare(config)
 
@@ -149,6 +167,38 @@ def test_meta_holds_sizes_and_hashes(base):
     for name, entry in meta["files"].items():
         data = (folder / name).read_bytes()
         assert entry == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+class WideProcessor:
+    """A tokenizer of `pieces` pieces, whose texts are numbers: their ids."""
+
+    def __init__(self, pieces: int) -> None:
+        self.get_piece_size = lambda: pieces
+        self.bos_id, self.eos_id = (lambda: 1), (lambda: pieces - 1)
+        self.id_to_piece = str
+
+    def encode(self, texts: list[str], num_threads: int) -> list[list[int]]:
+        return [[int(number) for number in text.split()] for text in texts]
+
+
+@pytest.mark.parametrize(("pieces", "dtype"), [(2**16, "<u2"), (2**16 + 1, "<u4"), (200_000, "<u4")])
+def test_ids_of_any_vocabulary_come_back(tmp_path, pieces, dtype):
+    numbers = np.random.default_rng(0).integers(pieces, size=(40, 30)).tolist()
+    sides = ["validation" if index % 4 == 0 else "train" for index in range(40)]
+    texts = [(side, " ".join(map(str, ids))) for side, ids in zip(sides, numbers, strict=True)]
+    corpus = SimpleNamespace(name="numbers", num_bytes=None, documents=lambda skipped: iter(texts))
+    _pack(corpus, WideProcessor(pieces), tmp_path, None, threads=1)
+    meta = _read_meta(tmp_path)
+    assert meta["dtype"] == dtype
+    for split in ("train", "validation"):
+        tokens = _open_tokens(tmp_path, meta, split)
+        mine = [ids for side, ids in zip(sides, numbers, strict=True) if side == split]
+        expected = list(chain(*([1, *ids, pieces - 1] for ids in mine)))
+        assert tokens.ids.tolist() == expected
+        rows = np.arange(tokens.num_rows(7))
+        batch = collate(tokens, rows, 7, boundaries=False)
+        assert batch["input_ids"].flatten().tolist() == expected[: 7 * len(rows)]
+        assert batch["shift_labels"].flatten().tolist() == expected[1 : 7 * len(rows) + 1]
 
 
 PREPARE = """

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from training.config import Config
 from training.corpus import Corpus, Skipped, Split, open_corpus
 from training.errors import DataError
-from training.progress import build_once
+from training.progress import build_once, working
 from training.tokenizer import MODEL_FILE, SPACE, load_sentencepiece, resolve_tokenizer
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -236,19 +236,34 @@ def _groups(pieces: Iterable[_Piece], size: int) -> Iterator[list[_Piece]]:
 
 
 def _read_meta(folder: Path) -> dict:
-    """Return meta.json after a look whether the files have the sizes it tells."""
+    """Return meta.json after a look whether the files are what it tells: reading them takes a second for a GB."""
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_bytes())
-        sizes = {name: entry["size"] for name, entry in meta["files"].items()}
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in meta["files"].items()}
+        sizes = {split: meta[split]["tokens"] * np.dtype(meta["dtype"]).itemsize for split in SPLITS}
+        found = {split: meta["files"][_file_names(split)[0]]["size"] for split in SPLITS}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: expected the description of a token file, got {error!r}; remove {folder}") from error
-    for name, size in sizes.items():
-        file = folder / name
-        found = file.stat().st_size if file.exists() else "no file"
-        if found != size:
-            raise DataError(f"{file}: expected {size} bytes, got {found}; remove {folder} to make it again")
+    if sizes != found or meta["dtype"] not in ("<u2", "<u4"):
+        raise DataError(f"{path}: expected ids of 2 or 4 bytes in files of {sizes} bytes, got {found}; remove {folder}")
+    with working("checking the tokens"):
+        for name, (size, sha256) in files.items():
+            _check_file(folder / name, size, sha256)
     return meta
+
+
+def _check_file(path: Path, size: int, sha256: str) -> None:
+    again = f"remove {path.parent} to make it again"
+    try:
+        if path.stat().st_size != size:
+            raise DataError(f"{path}: expected {size} bytes, got {path.stat().st_size}; {again}")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: expected a file of {size} bytes, got {error}; {again}") from error
+    if found != sha256:
+        raise DataError(f"{path}: expected the sha256 {sha256} that was taken as it was made, got {found}; {again}")
 
 
 def _open_tokens(folder: Path, meta: dict, split: Split) -> PackedTokens:
