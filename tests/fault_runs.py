@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+WORDS = ["def", "return", "self", "if", "else", "for", "in", "value", "=", "==", "(", ")", ":", "None", "x", "0"]
 
 
 class Template:
@@ -109,12 +110,16 @@ class Workers:
         return self.output.read_text(errors="replace")
 
 
+def write_corpus(path: Path, documents: int) -> None:
+    """Write a jsonl file of short texts, always the same."""
+    generator = random.Random(0)
+    texts = [" ".join(generator.choices(WORDS, k=generator.randint(5, 120))) for _ in range(documents)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
 def small_run(folder: Path) -> list[str]:
     """Write a corpus of 300 documents into `folder`; return the command line of a run over it that takes a second."""
-    generator = random.Random(0)
-    words = ["def", "return", "self", "if", "else", "for", "in", "value", "=", "==", "(", ")", ":", "None", "x", "0"]
-    texts = [" ".join(generator.choices(words, k=generator.randint(5, 120))) for _ in range(300)]
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_corpus(folder / "corpus.jsonl", 300)
     config = {
         "model.hidden_size": 32,
         "model.intermediate_size": 48,
