@@ -1,5 +1,6 @@
 # make quickstart   train a small model on this machine and look at what it writes
 # make test         install what the tests need, check style and types, run the tests
+# make faults       kill runs, fill disks, damage checkpoints and caches, far more often than the tests do: 10 minutes
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,13 +10,16 @@ BIN := $(VENV)/bin
 # $(call alive,what,command): say what runs, then a dot every 1.5 s until it ends.
 alive = @printf '%s ' '$(1)'; ( while sleep 1.5; do printf .; done ) & beat=$$!; trap 'kill $$beat; echo' EXIT; $(2)
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test faults check clean
 
 quickstart: $(VENV)/run.stamp
 	$(BIN)/python train.py --config configs/quickstart.yaml --out $(OUT)
 
 test: check
 	$(BIN)/python -m pytest -n 2
+
+faults: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n 2 -m faults --faults tests/test_fault_*.py
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
