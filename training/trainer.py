@@ -155,6 +155,7 @@ class Trainer:
                     f"out of memory on {self._device_name()} in step {self.step + 1}: {str(error).split('.')[0]};"
                     " a smaller training.micro_batch_size or training.gradient_checkpointing takes less"
                 ) from error
+            self.accelerator.end_training()  # else threads of the process group may abort the process as it exits
 
     def train_step(self) -> None:
         """One update by one global batch; all processes stop before it if its loss or gradient is not finite."""
