@@ -8,29 +8,33 @@ import sys
 from training.config import Run, load_config
 from training.errors import ConfigError
 from training.imports import import_modules
-from training.outcome import Ending, exit_code_of
+from training.outcome import Ending, StopSignal, exit_code_of
 from training.progress import working
 
 
 def train(run: Run, ending: Ending) -> None:
     """The whole run; every step is a method of the trainer."""
-    with working("loading torch, transformers and accelerate"):
-        from training.trainer import Trainer
+    stop = StopSignal()
+    with stop.listening():
+        with working("loading torch, transformers and accelerate"):
+            from training.trainer import Trainer
 
-        import_modules(run.imports)
-    trainer = Trainer(run.config, run.out)  # refuses what can't work before anything is written
-    trainer.prepare_data()
-    trainer.build_model()
-    with trainer.opened(run.resume):  # makes the folder, goes on from a checkpoint, listens to SIGTERM
-        ending.out = run.out
-        while trainer.step < run.config.training.steps:
-            trainer.train_step()
-            if trainer.evaluation_due():
-                trainer.evaluate()
-            if trainer.checkpoint_due():
-                trainer.save()
-            trainer.stop_if_asked()
-        trainer.finish()
+            import_modules(run.imports)
+        trainer = Trainer(run.config, run.out, stop)  # refuses what can't work before anything is written
+        with trainer.watched(ending):
+            trainer.prepare_data()
+            trainer.build_model()
+            with trainer.opened(run.resume, run.changed):  # makes the folder, or goes on from a checkpoint
+                if trainer.evaluation_due():  # of the step of the checkpoint, which a signal or a kill left out
+                    trainer.evaluate()
+                while trainer.step < run.config.training.steps:
+                    trainer.train_step()
+                    if trainer.checkpoint_due():
+                        trainer.save()
+                    if trainer.evaluation_due():
+                        trainer.evaluate()
+                    trainer.stop_if_asked()
+                trainer.finish()
 
 
 def main(argv: list[str] | None = None) -> int:

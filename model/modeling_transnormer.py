@@ -113,6 +113,10 @@ class TransnormerPreTrainedModel(PreTrainedModel):
             for source in source_files():
                 shutil.copyfile(source, Path(save_directory) / source.name)
 
+    def save_without_weights(self, save_directory: str | Path) -> None:
+        """All that `save_pretrained` writes but the weights, for a trainer that holds them in shares."""
+        self.save_pretrained(save_directory, state_dict={})
+
 
 class TransnormerModel(TransnormerPreTrainedModel):
     """Embeddings, layers and the final norm."""

@@ -17,19 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import Run
 
-from training.checkpoint import (
-    clean_leftovers,
-    latest_checkpoint,
-    list_checkpoints,
-    load_optimizer_state,
-    load_trainer_state,
-    restore_rng,
-    save_checkpoint,
-    verify_checkpoint,
-)
+from training.checkpoint import Content, clean_leftovers, load_trainer_state, restore_rng, save_checkpoint
 from training.config import OptimConfig
 from training.errors import CheckpointError, ResourceError
+from training.manifest import latest_checkpoint, list_checkpoints, verify_checkpoint
+from training.moments import load_moments, moment_parts, part_of
 from training.optim import build_optimizer
+from training.tensorfiles import TensorReader
 
 ROOT = Path(__file__).parents[1]
 
@@ -148,7 +142,7 @@ def test_loaded_state_is_the_optimizers_own_memory(saved: Path, run: Run) -> Non
 
 def test_a_parameter_without_updates_starts_from_zeros(run: Run) -> None:
     folder = run.save(0)
-    load_optimizer_state(folder, run.optimizer, run.names)
+    load_moments(TensorReader(folder, "optimizer"), run.optimizer, run.names)
     run.train(0, 3)
     fresh = Run(run.out)
     fresh.train(0, 3)
@@ -157,7 +151,7 @@ def test_a_parameter_without_updates_starts_from_zeros(run: Run) -> None:
 
 def test_loading_keeps_the_settings_of_the_optimizer(saved: Path, run: Run) -> None:
     run.optimizer.param_groups[0]["lr"] = 0.125
-    load_optimizer_state(saved, run.optimizer, run.names)
+    load_moments(TensorReader(saved, "optimizer"), run.optimizer, run.names)
     assert run.optimizer.param_groups[0]["lr"] == 0.125
 
 
@@ -165,7 +159,7 @@ def test_loading_keeps_the_settings_of_the_optimizer(saved: Path, run: Run) -> N
     ("change", "message"),
     [
         (lambda t: t.pop("exp_avg.0.weight"), r"exp_avg\.0\.weight is missing"),
-        (lambda t: t.update({"step.9.bias": torch.zeros(())}), r"step\.9\.bias is no state of this model"),
+        (lambda t: t.update({"step.9.bias": torch.zeros(())}), r"step\.9\.bias is no part of this model"),
         (
             lambda t: t.update({"exp_avg_sq.0.bias": torch.zeros(4)}),
             r"exp_avg_sq\.0\.bias is torch.float32 \(4,\), exp",
@@ -182,7 +176,7 @@ def test_a_wrong_optimizer_state_is_named(
     save_file(tensors, saved / "optimizer.safetensors")
     before = run.optimizer.state[run.names["0.weight"]]["exp_avg"].clone()
     with pytest.raises(CheckpointError, match=message):
-        load_optimizer_state(saved, run.optimizer, run.names)
+        load_moments(TensorReader(saved, "optimizer"), run.optimizer, run.names)
     assert torch.equal(run.optimizer.state[run.names["0.weight"]]["exp_avg"], before)
 
 
@@ -214,7 +208,7 @@ def test_cuda_state_continues(tmp_path: Path) -> None:
         optimizer = build_optimizer(model, OptimConfig(), "cuda")
         if load:
             model.load_state_dict(load_file(load / "model/model.safetensors"))
-            load_optimizer_state(load, optimizer, dict(model.named_parameters()))
+            load_moments(TensorReader(load, "optimizer"), optimizer, dict(model.named_parameters()))
             restore_rng(load)
         for _ in steps:
             model(torch.randn(8, 64, device="cuda")).square().sum().backward()
@@ -224,16 +218,10 @@ def test_cuda_state_continues(tmp_path: Path) -> None:
 
     whole, _ = trained(range(6), None)
     half, optimizer = trained(range(3), None)
-    folder = save_checkpoint(
-        tmp_path,
-        3,
-        lambda path: save_file(half.state_dict(), path / "model.safetensors"),
-        optimizer,
-        dict(half.named_parameters()),
-        {},
-        "abc",
-        0,
-    )
+    names = dict(half.named_parameters())
+    weights = {name: part_of(parameter) for name, parameter in names.items()}
+    content = Content(3, "abc", lambda path: None, weights, moment_parts(optimizer, names), {})
+    folder = save_checkpoint(tmp_path, content, keep=0)
     resumed, _ = trained(range(3, 6), folder)
     assert torch.equal(resumed.weight, whole.weight)
 

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from training.checkpoint import load_optimizer_state, save_checkpoint
+from training.checkpoint import Content, save_checkpoint
 from training.config import OptimConfig
+from training.moments import load_moments, moment_parts, part_of
 from training.optim import build_optimizer
+from training.tensorfiles import TensorReader
 
 
 class Run:
@@ -30,14 +32,14 @@ class Run:
             self.optimizer.zero_grad()
 
     def write_model(self, folder: Path) -> None:
-        save_file(self.model.state_dict(), folder / "model.safetensors")
         (folder / "README.md").write_text("# A model\n")
 
     def save(self, step: int, keep: int = 0, config_hash: str = "abc", **state: object) -> Path:
-        return save_checkpoint(
-            self.out, step, self.write_model, self.optimizer, self.names, {"step": step, **state}, config_hash, keep
-        )
+        weights = {name: part_of(parameter) for name, parameter in self.names.items()}
+        moments = moment_parts(self.optimizer, self.names)
+        content = Content(step, config_hash, self.write_model, weights, moments, {"step": step, **state})
+        return save_checkpoint(self.out, content, keep)
 
     def load(self, folder: Path) -> None:
         self.model.load_state_dict(load_file(folder / "model" / "model.safetensors"))
-        load_optimizer_state(folder, self.optimizer, self.names)
+        load_moments(TensorReader(folder, "optimizer"), self.optimizer, self.names)

@@ -7,9 +7,10 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,52 +20,57 @@ from safetensors.torch import load_file, save_file
 from training.errors import CheckpointError
 from training.manifest import (
     MANIFEST,
+    FileEntry,
     checkpoint_path,
+    describe_file,
     describe_files,
-    latest_checkpoint,
     list_checkpoints,
     verify_checkpoint,
 )
+from training.processes import Processes
 from training.storage import disk_errors, sync
+from training.tensorfiles import Part, write_tensors
 
-__all__ = [
-    "clean_leftovers",
-    "latest_checkpoint",
-    "list_checkpoints",
-    "load_optimizer_state",
-    "load_trainer_state",
-    "restore_rng",
-    "save_checkpoint",
-    "verify_checkpoint",
-]
+T = TypeVar("T")
 
 _LEFTOVER_NAME = re.compile(r"\.(saving|deleting)-step_\d{8,}-[0-9a-f]{8}")
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint is made of.
+
+    Args:
+        step: optimizer steps done.
+        config_hash: goes into the manifest.
+        write_model: called by the main process with a folder, writes what `model/` holds beside the weights.
+        weights: parameters of the unwrapped model by name.
+        moments: the optimizer's state, as `training/moments.py` names it.
+        state: what else the run needs to go on, of JSON types with finite numbers; floats keep every bit.
+    """
+
+    step: int
+    config_hash: str
+    write_model: Callable[[Path], None]
+    weights: dict[str, Part]
+    moments: dict[str, Part]
+    state: dict[str, Any]
+
+
 def save_checkpoint(
-    out: Path,
-    step: int,
-    write_model: Callable[[Path], None],
-    optimizer: torch.optim.Optimizer,
-    named_parameters: dict[str, torch.nn.Parameter],
-    trainer_state: dict[str, Any],
-    config_hash: str,
-    keep: int,
+    out: Path, content: Content, keep: int, max_file_bytes: int = 2**62, processes: Processes | None = None
 ) -> Path:
-    """Save a checkpoint whole or not at all, then delete those beyond the newest `keep`.
+    """Save a checkpoint whole or not at all, then delete those beyond the newest `keep`; for all processes at once.
 
     One of this step that verifies and has the same config hash stays as it is; any other one is replaced.
     Checkpoints of later steps are not touched.
 
     Args:
-        out: the run's folder.
-        step: optimizer steps done.
-        write_model: writes the model and tokenizer files into the empty folder that it is given.
-        optimizer: AdamW.
-        named_parameters: parameters of the unwrapped model by name, at least those that the optimizer updates.
-        trainer_state: what else the run needs to go on, of JSON types with finite numbers; floats keep every bit.
-        config_hash: goes into the manifest.
+        out: the run's folder, the same one for all processes.
+        content: what to save.
         keep: how many checkpoints stay; 0 means all.
+        max_file_bytes: size from which tensors go into several files.
+        processes: those of the run, which share the writing; None for one.
 
     Returns:
         The checkpoint's folder.
@@ -73,23 +79,79 @@ def save_checkpoint(
         ResourceError: the disk is full; earlier checkpoints are whole.
         CheckpointError: the folder can't be written.
     """
-    target = checkpoint_path(out, step)
-    with disk_errors(target):
-        clean_leftovers(out)
-        if not _is_saved(target, config_hash):
-            with _building(target) as folder:
-                (folder / "model").mkdir()
-                write_model(folder / "model")
-                save_file(_optimizer_tensors(optimizer, named_parameters), folder / "optimizer.safetensors")
-                save_file(_rng_tensors(), folder / "rng.safetensors")
-                text = json.dumps(trainer_state, indent=1, allow_nan=False) + "\n"
-                (folder / "trainer_state.json").write_text(text, encoding="utf-8")
-                (folder / MANIFEST).write_bytes(describe_files(folder, step, config_hash).render())
-        saved = list_checkpoints(out)
-        older = saved[: saved.index(target) + 1]
-        for folder in older[:-keep] if keep else []:
-            shutil.rmtree(_set_aside(folder))
+    everyone = processes or Processes()
+    target = checkpoint_path(out, content.step)
+
+    def for_main(action: Callable[[], T]) -> T | None:
+        def guarded() -> T | None:
+            with disk_errors(target):
+                return action() if everyone.is_main else None
+
+        return everyone.together(guarded)
+
+    folder = everyone.gather_objects(for_main(lambda: _begin(out, target, content)))[0]
+    if folder is not None:
+        with _removed_on_failure(folder) if everyone.is_main else nullcontext():
+            shares = everyone.together(lambda: _write_tensors(folder, content, max_file_bytes, everyone))
+            entries = {name: entry for share in everyone.gather_objects(shares) for name, entry in share.items()}
+            for_main(lambda: _complete(folder, target, content, entries))
+    for_main(lambda: _retain(out, target, keep))
     return target
+
+
+def _begin(out: Path, target: Path, content: Content) -> Path | None:
+    """Make the temporary folder of a checkpoint and all but its tensors; None where it is saved already."""
+    clean_leftovers(out)
+    if _is_saved(target, content.config_hash):
+        return None
+    folder = _temporary(target, "saving")
+    with _removed_on_failure(folder):
+        (folder / "model").mkdir(parents=True)
+        content.write_model(folder / "model")
+        save_file(_rng_tensors(), folder / "rng.safetensors")
+        text = json.dumps(content.state, indent=1, allow_nan=False) + "\n"
+        (folder / "trainer_state.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # the first error counts; the next start cleans again
+        raise
+
+
+def _write_tensors(folder: Path, content: Content, max_file_bytes: int, processes: Processes) -> dict[str, FileEntry]:
+    """Write this process's share of the tensors; return what the manifest says of its files."""
+    files = write_tensors(folder / "model", "model", content.weights, max_file_bytes, processes)
+    files += write_tensors(folder, "optimizer", content.moments, max_file_bytes, processes)
+    with disk_errors(folder):
+        for file in files:
+            sync(file)
+        return {file.relative_to(folder).as_posix(): describe_file(file) for file in files}
+
+
+def _complete(folder: Path, target: Path, content: Content, entries: dict[str, FileEntry]) -> None:
+    """Write the manifest and give the folder its name."""
+    manifest = describe_files(folder, content.step, content.config_hash, entries)
+    (folder / MANIFEST).write_bytes(manifest.render())
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+    replaced = _set_aside(target) if os.path.lexists(target) else None
+    os.rename(folder, target)
+    sync(target.parent)
+    sync(target.parent.parent)
+    if replaced:
+        shutil.rmtree(replaced)
+
+
+def _retain(out: Path, target: Path, keep: int) -> None:
+    saved = list_checkpoints(out)
+    older = saved[: saved.index(target) + 1]
+    for folder in older[:-keep] if keep else []:
+        shutil.rmtree(_set_aside(folder))
 
 
 def clean_leftovers(out: Path) -> list[Path]:
@@ -100,26 +162,6 @@ def clean_leftovers(out: Path) -> list[Path]:
     for path in removed:
         shutil.rmtree(path)
     return removed
-
-
-@contextmanager
-def _building(target: Path) -> Iterator[Path]:
-    """Give a temporary folder that becomes `target` at the end, or vanishes with an exception."""
-    folder = _temporary(target, "saving")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        for path in [*folder.rglob("*"), folder]:
-            sync(path)
-        replaced = _set_aside(target) if os.path.lexists(target) else None
-        os.rename(folder, target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)  # the first error counts; the next start cleans again
-        raise
-    sync(target.parent)
-    sync(target.parent.parent)
-    if replaced:
-        shutil.rmtree(replaced)
 
 
 def _set_aside(folder: Path) -> Path:
@@ -147,61 +189,6 @@ def load_trainer_state(folder: Path) -> dict[str, Any]:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: unreadable: {error}") from error
-
-
-def load_optimizer_state(
-    folder: Path, optimizer: torch.optim.Optimizer, named_parameters: dict[str, torch.nn.Parameter]
-) -> None:
-    """Load AdamW's state bit by bit; learning rates and the other settings stay the optimizer's own.
-
-    Args:
-        folder: a checkpoint that verifies.
-        optimizer: AdamW over the same parameters, grouped in any way.
-        named_parameters: parameters of the unwrapped model by name.
-
-    Raises:
-        CheckpointError: a key is missing, unknown, or has another shape or type than its parameter asks for.
-    """
-    path = folder / "optimizer.safetensors"
-    tensors = _load_tensors(path)
-    states = {name: _fresh_state(p) for name, p in _updated(optimizer, named_parameters).items()}
-    expected = {f"{kind}.{name}": value for name, state in states.items() for kind, value in state.items()}
-    for key in sorted(expected.keys() ^ tensors.keys()):
-        raise CheckpointError(f"{path}: {key} is {'missing' if key in expected else 'no state of this model'}")
-    for key, value in expected.items():
-        saved = tensors[key]
-        if (saved.shape, saved.dtype) != (value.shape, value.dtype):
-            raise CheckpointError(
-                f"{path}: {key} is {saved.dtype} {tuple(saved.shape)}, expected {value.dtype} {tuple(value.shape)}"
-            )
-        value.copy_(saved)
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": dict(enumerate(states.values())), "param_groups": groups})
-
-
-def _optimizer_tensors(
-    optimizer: torch.optim.Optimizer, named_parameters: dict[str, torch.nn.Parameter]
-) -> dict[str, torch.Tensor]:
-    """Return AdamW's state keyed by parameter name, which depends on neither grouping nor world size."""
-    return {
-        f"{kind}.{name}": value.contiguous()
-        for name, parameter in _updated(optimizer, named_parameters).items()
-        for kind, value in (optimizer.state.get(parameter) or _fresh_state(parameter)).items()
-    }
-
-
-def _fresh_state(parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """Return the state that AdamW gives a parameter before its first update."""
-    data = parameter.detach()
-    return {"step": torch.zeros(()), "exp_avg": torch.zeros_like(data), "exp_avg_sq": torch.zeros_like(data)}
-
-
-def _updated(
-    optimizer: torch.optim.Optimizer, named_parameters: dict[str, torch.nn.Parameter]
-) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters of an optimizer by name, in the order of its groups, which is that of its state_dict."""
-    names = {id(parameter): name for name, parameter in named_parameters.items()}
-    return {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
 
 
 def _rng_tensors() -> dict[str, torch.Tensor]:

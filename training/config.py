@@ -16,6 +16,8 @@ from jsonargparse import ArgumentParser
 from training.errors import ConfigError
 from training.imports import IMPORT_HELP
 
+_CHANGED_HELP = "go on from a checkpoint although this key differs, as optim.lr; may be given several times"
+
 
 @dataclass
 class ModelConfig:
@@ -151,6 +153,9 @@ class TrainingConfig:
         batch_size: rows of a global batch, over all processes and accumulation steps.
         micro_batch_size: rows that one process runs at once; divides batch_size / processes.
         precision: "fp32", "bf16", "fp16", or "auto": bf16 on a GPU that has it, else fp32.
+        strategy: how processes share the work: "ddp", "fsdp2", "zero2", "zero3", or "auto": as accelerate was launched.
+        peer_timeout: seconds that a process waits for another one, after the first step of each start.
+        skip_nonfinite: batches with a loss or gradient that is not finite to leave out before the run ends.
         cpu_threads: threads of one process that trains on a CPU; null means its share of the cores.
         compile: run the model through torch.compile.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
@@ -165,6 +170,9 @@ class TrainingConfig:
     batch_size: int = 16
     micro_batch_size: int = 16
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp2", "zero2", "zero3"] = "auto"
+    peer_timeout: float = 100.0
+    skip_nonfinite: int = 0
     cpu_threads: int | None = None
     compile: bool = False
     gradient_checkpointing: bool = False
@@ -182,10 +190,12 @@ class CheckpointConfig:
     Args:
         every: steps between checkpoints; 0 saves at the end only.
         keep: newest checkpoints kept; 0 keeps all.
+        max_file_bytes: size from which weights, or moments, go into several files; each process holds one at a time.
     """
 
     every: int = 500
     keep: int = 3
+    max_file_bytes: int = 5_000_000_000
 
 
 @dataclass
@@ -235,6 +245,7 @@ class Run:
     config: Config
     out: Path
     resume: str
+    changed: list[str]
     imports: list[str]
 
 
@@ -271,7 +282,7 @@ def load_config(argv: list[str], prog: str = "train.py") -> Run:
         raise ConfigError(_readable(str(error))) from None
     config = Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
     check(config)
-    return Run(config, Path(values["out"]), values["resume"], values["import"])
+    return Run(config, Path(values["out"]), values["resume"], values["changed"], values["import"])
 
 
 def config_dict(config: Config) -> dict[str, Any]:
@@ -323,6 +334,9 @@ def _lower_bounds(config: Config) -> list[tuple[str, float | None, float]]:
         ("training.eval_tokens", config.training.eval_tokens, 1),
         ("training.sample_tokens", config.training.sample_tokens, 1),
         ("training.peak_tflops", config.training.peak_tflops, 1e-9),
+        ("training.peer_timeout", config.training.peer_timeout, 1),
+        ("training.skip_nonfinite", config.training.skip_nonfinite, 0),
+        ("checkpoint.max_file_bytes", config.checkpoint.max_file_bytes, 1),
         ("checkpoint.every", config.checkpoint.every, 0),
         ("checkpoint.keep", config.checkpoint.keep, 0),
     ]
@@ -333,6 +347,7 @@ def _parser(prog: str) -> ArgumentParser:
     parser.add_argument("--config", help="YAML file; several merge left to right", metavar="FILE")
     parser.add_argument("--out", type=str, default="runs/run", help="folder of the run")
     parser.add_argument("--resume", type=str, default="auto", help="auto, never, or a checkpoint's path")
+    parser.add_argument("--changed", type=str, action="append", default=[], metavar="KEY", help=_CHANGED_HELP)
     parser.add_argument("--import", type=str, action="append", default=[], metavar="MODULE", help=IMPORT_HELP)
     parser.add_class_arguments(Config)
     return parser
@@ -415,7 +430,7 @@ def _text(key: str, value: Any) -> str:
 
 
 def _refuse_unknown_options(rest: list[str]) -> None:
-    known = {"help", "out", "resume", "import", *(key for key, kind in _known_keys().items() if kind)}
+    known = {"help", "out", "resume", "changed", "import", *(key for key, kind in _known_keys().items() if kind)}
     for argument in rest:
         if argument.startswith("--"):
             key = argument[2:].split("=")[0]

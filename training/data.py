@@ -18,6 +18,7 @@ from tqdm import tqdm
 from training.config import Config
 from training.corpus import Corpus, Skipped, Split, open_corpus
 from training.errors import DataError
+from training.processes import Processes
 from training.progress import build_once, working
 from training.tokenizer import MODEL_FILE, SPACE, load_sentencepiece, resolve_tokenizer
 
@@ -60,6 +61,7 @@ class Prepared:
         validation: tokens for validation.
         tokenizer_folder: what AutoTokenizer opens.
         fingerprint: of corpus, tokenizer and packing; another one means other tokens.
+        tokenizer_sha256: of the sentencepiece model.
         vocab_size: V of the tokenizer.
         skipped: documents left out, by reason.
     """
@@ -68,6 +70,7 @@ class Prepared:
     validation: PackedTokens
     tokenizer_folder: Path
     fingerprint: str
+    tokenizer_sha256: str
     vocab_size: int
     skipped: dict[str, int]
 
@@ -98,7 +101,9 @@ def prepare(config: Config) -> Prepared:
                 f"{len(tokens.ids)} in {tokens.documents} documents; a shorter data.sequence_length, a larger "
                 "data.validation_share, or data.validation_paths or validation_split of your own helps"
             )
-    return Prepared(train, validation, tokenizer_folder, fingerprint, processor.get_piece_size(), meta["skipped"])
+    return Prepared(
+        train, validation, tokenizer_folder, fingerprint, model_hash, processor.get_piece_size(), meta["skipped"]
+    )
 
 
 class _Piece(NamedTuple):
@@ -345,6 +350,33 @@ def collate(
         return batch
     bounds = torch.from_numpy(np.append(starts, begins.size).astype(np.int32))
     return {**{name: x.view(1, -1) for name, x in batch.items()}, "cu_seq_lens_q": bounds}
+
+
+class Batch(NamedTuple):
+    """What a process runs in a step, and what all processes know of the global batch."""
+
+    micro_batches: list[dict[str, torch.Tensor]]
+    labels: int  # predicted tokens of the global batch
+    sha: str
+
+
+def step_batch(
+    config: Config, tokens: PackedTokens, order: BatchOrder, step: int, processes: Processes, micro_batches: int
+) -> Batch:
+    """Return the global batch of a step, a function of seed and step alone; a process keeps its share of the rows."""
+    length, boundaries = config.data.sequence_length, config.data.document_boundaries
+    rows = order.rows(step)
+    whole = collate(tokens, rows, length, boundaries)
+    labels = int((whole["shift_labels"] >= 0).sum())
+    mine = np.array_split(rows, processes.count)[processes.rank]
+    joined = config.model.attention == "lightning"
+    parts = [collate(tokens, part, length, boundaries, joined) for part in np.array_split(mine, micro_batches)]
+    return Batch(parts, labels, batch_sha(whole["input_ids"].numpy()))
+
+
+def without_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a batch in which nothing is predicted: for a process that only keeps others company."""
+    return batch | {"shift_labels": torch.full_like(batch["shift_labels"], _IGNORED)}
 
 
 def evaluation_batches(

@@ -1,5 +1,7 @@
 """The reasons for which a run ends early, each with its exit code."""
 
+from collections.abc import Sequence
+
 
 class RunError(Exception):
     """A failure whose message is for the user: it names the thing, what was expected and what came."""
@@ -32,9 +34,13 @@ class NonFiniteError(RunError):
 
 
 class PeerError(RunError):
-    """Another process of the run died or did not answer in time."""
+    """Another process of the run died or did not answer in time; `lost` has the ranks of those that are gone."""
 
     exit_code = 6
+
+    def __init__(self, message: str, lost: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.lost = list(lost)
 
 
 class ResourceError(RunError):

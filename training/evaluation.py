@@ -68,6 +68,11 @@ def score(
     return total
 
 
+def stop_when(condition: Callable[[], bool]) -> list[Callable]:
+    """Return stopping criteria of `generate` that end it once `condition` holds."""
+    return [lambda ids, scores, **_: torch.full((ids.shape[0],), condition(), device=ids.device)]
+
+
 @torch.no_grad()
 def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, seed: int = 0, **options: Any) -> str:
     """Continue a prompt by sampling, the prompt included; the random state of the caller is left alone.

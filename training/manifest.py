@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -42,9 +43,15 @@ class Manifest:
         return (json.dumps(fields | {"sha256": digest}, indent=1) + "\n").encode()
 
 
-def describe_files(folder: Path, step: int, config_hash: str) -> Manifest:
-    """Return the manifest of the files that a folder holds now."""
-    files = {name: FileEntry(path.stat().st_size, _sha256(path)) for name, path in _regular_files(folder).items()}
+def describe_file(path: Path) -> FileEntry:
+    """Return the size and the hash that a file has now."""
+    return FileEntry(path.stat().st_size, _sha256(path))
+
+
+def describe_files(folder: Path, step: int, config_hash: str, known: Mapping[str, FileEntry] | None = None) -> Manifest:
+    """Return the manifest of the files that a folder holds now; those that are `known` are not read again."""
+    known = known or {}
+    files = {name: known.get(name) or describe_file(path) for name, path in _regular_files(folder).items()}
     versions = {name: _version(name) for name in ("torch", "transformers", "transnormer")}
     return Manifest(FORMAT_VERSION, step, config_hash, {"python": platform.python_version(), **versions}, files)
 

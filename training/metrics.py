@@ -63,8 +63,7 @@ class EvaluationRecord:
 class MetricsWriter:
     """Appends records to the two files of a run, each line whole and at once.
 
-    Opening drops the lines of steps after `resume_step` and a line that a killed process left torn. A record of the
-    step of the last line takes its place: a run that is killed after its last checkpoint evaluates once more.
+    Opening drops the lines of steps after `resume_step` and a line that a killed process left torn.
 
     Args:
         out: the run's folder.
@@ -79,6 +78,7 @@ class MetricsWriter:
         out.mkdir(parents=True, exist_ok=True)
         names = {StepRecord: "metrics.jsonl", EvaluationRecord: "evaluations.jsonl"}
         self._files = {kind: _RecordFile(out / name, resume_step) for kind, name in names.items()}
+        self.last_evaluated = self._files[EvaluationRecord].last_step  # -1 for none
 
     def write(self, record: StepRecord | EvaluationRecord) -> None:
         """Append a record to its file; numbers that are not finite become null, which keeps the line valid JSON."""
@@ -99,27 +99,20 @@ class _RecordFile:
             records = _rewind(path, resume_step)
             self._file = path.open("ab", buffering=0)
         self._end = self._file.seek(0, os.SEEK_END)
-        self._last_step = records[-1]["step"] if records else 0
-        self._last_begin = self._end - (len(_line(records[-1])) if records else 0)
+        self.last_step = records[-1]["step"] if records else -1
 
     def append(self, record: dict[str, Any]) -> None:
         line = _line(record)
         with disk_errors(self._path):
-            if record["step"] == self._last_step:
-                self._cut(self._last_begin)
             try:
                 self._write(line)
             except OSError:
-                self._cut(self._end)
+                self._file.truncate(self._end)
                 raise
-        self._last_step, self._last_begin, self._end = record["step"], self._end, self._end + len(line)
+        self._end += len(line)
 
     def close(self) -> None:
         self._file.close()
-
-    def _cut(self, end: int) -> None:
-        self._file.truncate(end)
-        self._end = end
 
     def _write(self, line: bytes) -> None:
         while line:

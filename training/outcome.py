@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -12,6 +14,8 @@ from typing import Any
 
 from training.errors import EXIT_SIGTERM, ResourceError, RunError
 from training.storage import replace_file
+
+_DEAF_SECONDS = 5.0
 
 
 class Interrupted(RunError):
@@ -25,52 +29,82 @@ class Ending:
 
     out: Path | None = None
 
+    def write(self, code: int, reason: str, lost: Sequence[int] = ()) -> None:
+        """Write `exit.json` in one piece, from the first process that is not lost."""
+        ranks = (rank for rank in range(int(os.environ.get("WORLD_SIZE", "1"))) if rank not in lost)
+        if self.out is None or int(os.environ.get("RANK", "0")) != next(ranks, 0):
+            return
+        try:
+            replace_file(self.out / "exit.json", (json.dumps({"exit_code": code, "reason": reason}) + "\n").encode())
+        except OSError as error:  # the disk may be what failed; the exit code still tells
+            print(f"{self.out / 'exit.json'}: not written: {error.strerror}", file=sys.stderr)
+
+    def end_now(self, error: RunError) -> None:
+        """End the process from a thread, while the main thread waits for what will not come."""
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        self.write(error.exit_code, str(error), getattr(error, "lost", ()))
+        os._exit(error.exit_code)
+
 
 def exit_code_of(action: Callable[[Ending], Any]) -> int:
     """Run `action`; print a RunError as one line, anything else with its traceback, and return the exit code."""
     ending = Ending()
     try:
         action(ending)
-        code, reason = 0, "done"
+        code, reason, lost = 0, "done", list[int]()
     except RunError as error:
-        code, reason = error.exit_code, str(error)
+        code, reason, lost = error.exit_code, str(error), getattr(error, "lost", [])
         print(f"error: {error}" if code != EXIT_SIGTERM else reason, file=sys.stderr)
     except MemoryError as error:
-        code, reason = ResourceError.exit_code, f"out of memory: {error}"
+        code, reason, lost = ResourceError.exit_code, f"out of memory: {error}", []
         print(f"error: {reason}", file=sys.stderr)
     except BaseException as error:
         notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
-        _write(ending.out, 1, f"{type(error).__name__}: {error}{notes}")
+        ending.write(1, f"{type(error).__name__}: {error}{notes}")
         raise
-    _write(ending.out, code, reason)
+    ending.write(code, reason, lost)
     return code
 
 
-def _write(out: Path | None, code: int, reason: str) -> None:
-    """Write `exit.json` in one piece; a run that never got its folder has none."""
-    if out is None or int(os.environ.get("RANK", "0")) != 0:
-        return
-    try:
-        replace_file(out / "exit.json", (json.dumps({"exit_code": code, "reason": reason}) + "\n").encode())
-    except OSError as error:  # the disk may be what failed; the exit code still tells
-        print(f"{out / 'exit.json'}: not written: {error.strerror}", file=sys.stderr)
-
-
 class StopSignal:
-    """Whether SIGTERM or SIGINT has come; `asked` holds the signal's name."""
+    """Whether SIGTERM or SIGINT has come; `asked` holds the signal's name.
+
+    Until `wait_for_step` is set a signal ends what runs at once, and the process soon after, should it be deaf.
+    """
 
     def __init__(self) -> None:
         self.asked: str | None = None
+        self.wait_for_step = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take both signals as a wish to stop after the current step, until the block ends."""
+        """Take both signals as a wish to stop, until the block ends."""
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        before_fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        threading.Thread(target=self._hear, args=(reading,), daemon=True).start()
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(before_fd)
+            os.close(writing)  # ends the thread
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
+        if not self.wait_for_step:
+            self.wait_for_step = True  # a second signal must not break into the end
+            raise Interrupted(f"stopped by {self.asked} before the first step; there is nothing to save")
+
+    def _hear(self, reading: int) -> None:
+        """Note signals while the main thread is in code that lets no handler run."""
+        while number := os.read(reading, 1):
+            self.asked = signal.Signals(number[0]).name
+            if not self.wait_for_step:
+                time.sleep(_DEAF_SECONDS)
+                if not self.wait_for_step:
+                    print(f"stopped by {self.asked} before the first step; there is nothing to save", file=sys.stderr)
+                    os._exit(EXIT_SIGTERM)
+        os.close(reading)

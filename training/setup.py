@@ -4,20 +4,17 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from huggingface_hub.errors import StrictDataclassError
 
 from model import TransnormerConfig, TransnormerForCausalLM
-from training.checkpoint import latest_checkpoint, list_checkpoints, verify_checkpoint
 from training.config import Config, config_dict
 from training.errors import CheckpointError, ConfigError
-
-_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+from training.manifest import latest_checkpoint, list_checkpoints, verify_checkpoint
 
 
 def check_out(out: Path) -> None:
@@ -29,23 +26,10 @@ def check_out(out: Path) -> None:
         raise ConfigError(f"--out: {nearest} is not writable")
 
 
-def open_accelerator(config: Config) -> Accelerator:
-    """Devices and precision, as the launcher and the configuration ask."""
-    asked = config.training.precision
-    cuda = torch.cuda.is_available()
-    if asked == "fp16" and not cuda:
-        raise ConfigError("training.precision: expected fp32 or bf16 on a CPU, got fp16: it has no loss scaling there")
-    if asked == "auto":
-        asked = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
-    # Without the flag accelerate takes the processes of torchrun on a CPU for as many runs of one process.
-    accelerator = Accelerator(mixed_precision="no" if asked == "fp32" else asked, cpu=not cuda)
-    if accelerator.distributed_type not in _SUPPORTED:
-        raise ConfigError(
-            f"accelerate: expected one process or data parallelism (DDP), got {accelerator.distributed_type.value}"
-        )
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(config.training.cpu_threads or _share_of_cores())
-    return accelerator
+def use_cores(device: torch.device, threads: int | None) -> None:
+    """Compute on a CPU with so many threads; None for this process's share of the cores."""
+    if device.type == "cpu":
+        torch.set_num_threads(threads or _share_of_cores())
 
 
 def _share_of_cores() -> int:
@@ -112,26 +96,36 @@ def find_checkpoint(out: Path, resume: str) -> tuple[Path | None, list[str]]:
     return Path(resume), []
 
 
-def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
-    """What must not change when a run goes on, or it would be another run."""
+def run_identity(config: Config, data_fingerprint: str, tokenizer_sha256: str) -> dict[str, Any]:
+    """What must not change unasked when a run goes on, or it would be another run."""
     plain = config_dict(config)
     return {
         "seed": plain["seed"],
         **{f"model.{name}": value for name, value in plain["model"].items()},
+        "tokenizer.sha256": tokenizer_sha256,
         "data.fingerprint": data_fingerprint,
         "data.sequence_length": plain["data"]["sequence_length"],
         "data.document_boundaries": plain["data"]["document_boundaries"],
+        **{f"optim.{name}": value for name, value in plain["optim"].items()},
         "training.batch_size": plain["training"]["batch_size"],
     }
 
 
-def refuse_other_run(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Compare two results of `run_identity`; a difference is a CheckpointError that names it."""
-    for name in current:
-        if saved.get(name) != current[name]:
+def refuse_other_run(
+    checkpoint: Path, saved: dict[str, Any], current: dict[str, Any], changed: Iterable[str] = ()
+) -> None:
+    """Compare two results of `run_identity`; a difference is a CheckpointError that names it, unless it is `changed`.
+
+    A checkpoint of an earlier version may lack a name.
+    """
+    unknown = set(changed) - set(current)
+    if unknown:
+        raise ConfigError(f"--changed: expected names among {', '.join(current)}, got {', '.join(sorted(unknown))}")
+    for name in current.keys() & saved.keys() - set(changed):
+        if saved[name] != current[name]:
             raise CheckpointError(
-                f"{checkpoint}: {name} was {saved.get(name)!r}, is {current[name]!r}: that is another run;"
-                " give another --out, or the settings it was started with"
+                f"{checkpoint}: {name} was {saved[name]!r}, is {current[name]!r}: that is another run; give another"
+                f" --out, the settings it was started with, or --changed {name}"
             )
 
 

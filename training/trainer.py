@@ -3,14 +3,15 @@
 import contextlib
 import dataclasses
 import math
+import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from filelock import FileLock, Timeout
@@ -19,22 +20,19 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from model import TransnormerForCausalLM
-from training.checkpoint import (
-    clean_leftovers,
-    load_optimizer_state,
-    load_trainer_state,
-    restore_rng,
-    save_checkpoint,
-)
+from training.checkpoint import Content, clean_leftovers, load_trainer_state, restore_rng, save_checkpoint
 from training.config import Config, config_dict
-from training.data import BatchOrder, Prepared, batch_sha, collate, evaluation_batches, prepare
-from training.errors import ConfigError, NonFiniteError, ResourceError
-from training.evaluation import Score, complete, score
-from training.manifest import step_folders
+from training.data import Batch, BatchOrder, Prepared, evaluation_batches, prepare, step_batch, without_labels
+from training.errors import ConfigError, DataError, NonFiniteError, ResourceError, RunError
+from training.evaluation import Score, complete, score, stop_when
+from training.manifest import checkpoint_path, step_folders
 from training.metrics import EvaluationRecord, MetricsWriter, StepRecord, Throughput, flops_per_token, mfu, peak_flops
 from training.modelcard import model_card
+from training.moments import check_names
+from training.nonfinite import non_finite_gradients, non_finite_weights
 from training.optim import build_optimizer, learning_rate, set_learning_rate
-from training.outcome import Interrupted, StopSignal
+from training.outcome import Ending, Interrupted, StopSignal
+from training.peers import START_SECONDS, Peers
 from training.progress import working
 from training.setup import (
     check_out,
@@ -43,53 +41,59 @@ from training.setup import (
     count_micro_batches,
     find_checkpoint,
     model_config,
-    open_accelerator,
     refuse_other_run,
     run_identity,
+    use_cores,
 )
 from training.storage import disk_errors, remove_unfinished, replace_file
+from training.strategies import open_strategy
+from training.tensorfiles import TensorReader
 from training.tokenizer import load_tokenizer, token_byte_lengths
 from training.trackers import check_trackers, open_trackers
 
 _SMALLEST_SCALE = 1.0  # a loss scale below it can't help: the gradients themselves overflow float16
 
 
-class Batch(NamedTuple):
-    """What a process runs in a step, and what all processes know of the global batch."""
-
-    micro_batches: list[dict[str, Tensor]]
-    labels: int  # predicted tokens of the global batch
-    sha: str
-
-
 class Trainer:
-    """State and steps of a run. Public methods are called by `train.py`, top to bottom.
+    """State and steps of a run. Public methods are called by `train.py`, top to bottom, in every process.
 
     Args:
         config: the resolved configuration.
         out: the run's folder.
+        stop: whether a signal has come.
 
     Raises:
         ConfigError: for what this machine or this number of processes can't run.
     """
 
-    def __init__(self, config: Config, out: Path) -> None:
-        self.config, self.out = config, out
-        self.step = self.tokens = self.skipped = 0
+    def __init__(self, config: Config, out: Path, stop: StopSignal) -> None:
+        self.config, self.out, self.stop = config, out, stop
+        self.step = self.tokens = 0
+        self.skipped = self.dropped = 0  # steps without an update: by the loss scaler, for a batch that is not finite
         self.evaluated = self.saved = -1  # steps of the last evaluation and checkpoint
         self.stopping = False  # whether any process was asked to stop
         self.tracker_run_id: str | None = None
-        self.stop = StopSignal()
         disable_progress_bar()  # the bars of loading and saving would tear ours
         check_out(out)
         check_trackers(config.tracking)
-        self.accelerator = open_accelerator(config)
-        self.main = self.accelerator.is_main_process
-        self.micro_batches = count_micro_batches(config, self.accelerator.num_processes)
+        self.strategy = open_strategy(config)
+        self.processes, self.main = self.strategy.processes, self.strategy.processes.is_main
+        use_cores(self.strategy.device, config.training.cpu_threads)
+        self.micro_batches = count_micro_batches(config, self.processes.count)
         model_config(config, vocab_size=config.tokenizer.vocab_size, special_ids={})
 
+    @contextmanager
+    def watched(self, ending: Ending) -> Iterator[None]:
+        """End the run if another process dies or is stuck, instead of waiting for it."""
+        self.ending, timeout = ending, self.config.training.peer_timeout
+        self.peers = Peers(self.processes, timeout, lambda: self.stop.asked is not None, ending.end_now)
+        with self.peers.watching():
+            yield
+            self.strategy.close()
+
     def prepare_data(self) -> None:
-        """Tokenizer, packed tokens and the order of rows; made once and cached."""
+        """Tokenizer, packed tokens and the order of rows; made once on each machine and cached."""
+        self.peers.at("preparing data", limit=math.inf)
         self.data: Prepared = prepare(self.config)
         with self._working("opening the tokenizer"):
             self.tokenizer = load_tokenizer(self.data.tokenizer_folder)
@@ -101,49 +105,55 @@ class Trainer:
             f" {len(self.data.validation.ids):,} validation tokens in {self.data.validation.documents:,};"
             f" skipped documents: {self.data.skipped or 'none'}"
         )
+        self._check_same("data.fingerprint", self.data.fingerprint, DataError)
+        self._check_same("the configuration's sha256", config_hash(self.config), ConfigError)
 
     def build_model(self) -> None:
-        """Model and optimizer on their devices, the same initial weights everywhere."""
+        """The model with its initial weights, the same in every process, and its optimizer."""
         special = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         shape = model_config(self.config, self.data.vocab_size, special)
+        self.peers.at("building the model", limit=START_SECONDS)
         torch.manual_seed(self.config.seed)
         with self._working("building the model"):
-            model = TransnormerForCausalLM(shape)
-            model.to(self.accelerator.device)
+            self.module = TransnormerForCausalLM(shape)  # saved, evaluated and asked for samples
+            self.module.to(self.strategy.device)
             if self.config.training.gradient_checkpointing:
-                checkpoint_activations(model)
-            self.named_parameters = dict(model.named_parameters())
-            optimizer = build_optimizer(model, self.config.optim, self.accelerator.device)
-            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-            self.module = self.accelerator.unwrap_model(self.model)  # saved, evaluated and asked for samples
-            if self.config.training.compile:
-                self.model = torch.compile(self.model)  # the update alone: generation would compile every length
+                checkpoint_activations(self.module)
+            self.optimizer = build_optimizer(self.module, self.config.optim, self.strategy.device)
         self.flops = flops_per_token(shape)
         self.peak = self._peak_flops()
         self._say(
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, {self.accelerator.num_processes} x"
-            f" {self._device_name()}, {self.precision}, {self.config.training.steps:,} steps of"
-            f" {self._tokens_per_step():,} tokens"
+            f"{sum(p.numel() for p in self.module.parameters()):,} parameters, {self.processes.count} x"
+            f" {self._device_name()}{f' by {self.strategy.name}' if self.processes.count > 1 else ''},"
+            f" {self.strategy.precision}, {self.config.training.steps:,} steps of {self._tokens_per_step():,} tokens"
         )
 
     @contextmanager
-    def opened(self, resume: str) -> Iterator[None]:
-        """The run's folder, made or gone on with, and everything that is closed at the end."""
-        before = step_folders(self.out)
-        checkpoint, passed_over = find_checkpoint(self.out, resume)
-        for message in passed_over:
-            self._say(f"not resumed from: {message}")
-        if checkpoint is not None:
-            self._load(checkpoint)
+    def opened(self, resume: str, changed: Iterable[str] = ()) -> Iterator[None]:
+        """The run's folder, made or gone on with, and everything that is closed at the end.
+
+        Args:
+            resume: "auto", "never" or the path of a checkpoint.
+            changed: what may differ from the run of the checkpoint, as `run_identity` names it.
+        """
+        self.peers.at("opening the run", limit=START_SECONDS)
+        together, everyone = self.processes.together, self.processes.gather_objects
         with contextlib.ExitStack() as stack:
-            if self.main:
-                self._open_folder(stack, before)
+            checkpoint, state = everyone(together(lambda: self._find(resume, changed)))[0]
+            sign = self.out / f".shared-{everyone(secrets.token_hex(4))[0]}"
+            together(lambda: self._claim_folder(stack, sign))
+            together(lambda: self._see_folder(sign))
+            self.ending.out = self.out
+            together(lambda: self._load_weights(checkpoint))
+            self.strategy.prepare(self.module, self.optimizer)
+            together(lambda: self._load_state(checkpoint, state))
+            self.evaluated = everyone(together(lambda: self._open_records(stack)))[0]
             bar_options: dict[str, Any] = {"mininterval": 0.5 if sys.stderr.isatty() else 5.0, "dynamic_ncols": True}
             total = self.config.training.steps
             self.bar = stack.enter_context(
                 tqdm(total=total, initial=self.step, unit="step", disable=not self.main, **bar_options)
             )
-            stack.enter_context(self.stop.listening())
+            self.stop.wait_for_step = True
             self.throughput = Throughput()
             self.next_batch = self._batch(self.step)
             if self.step >= total:
@@ -155,75 +165,80 @@ class Trainer:
                     f"out of memory on {self._device_name()} in step {self.step + 1}: {str(error).split('.')[0]};"
                     " a smaller training.micro_batch_size or training.gradient_checkpointing takes less"
                 ) from error
-            self.accelerator.end_training()  # else threads of the process group may abort the process as it exits
 
     def train_step(self) -> None:
         """One update by one global batch; all processes stop before it if its loss or gradient is not finite."""
-        lr = learning_rate(self.step - self.skipped, self.config.optim, self.config.training.steps)
-        set_learning_rate(self.optimizer, lr)
+        lr = learning_rate(self.step - self.skipped - self.dropped, self.config.optim, self.config.training.steps)
+        set_learning_rate(self.strategy.optimizer, lr)
         batch = self.next_batch
         loss = self._accumulate_gradients(batch)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.grad_clip or math.inf)
+        norm = self.strategy.clip()
         if self.step + 1 < self.config.training.steps:
             self.next_batch = self._batch(self.step + 1)  # on the CPU, while a GPU is still at work
-        loss_value, grad_norm = self._agreed(loss, norm)
-        self._refuse_non_finite(loss_value, grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.skipped += int(self.optimizer.step_was_skipped)
+        self.peers.at(f"step {self.step + 1}: exchange of losses")
+        losses, grad_norm = self._agree(loss, norm)
+        if self._is_finite(losses, grad_norm):
+            self.peers.at(f"step {self.step + 1}: update")
+            updated, norm_of_update = self.strategy.update()
+            grad_norm = grad_norm if norm_of_update is None else norm_of_update
+        if not self._is_finite(losses, grad_norm):
+            self._drop(batch, losses, grad_norm)
+        else:
+            self.skipped += int(not updated)
         self.step += 1
         self.tokens += self._tokens_per_step()
-        self._record(batch, loss_value, grad_norm, lr)
+        self._record(batch, sum(losses), grad_norm, lr)
+        self.peers.first_step_done()
 
     def evaluation_due(self) -> bool:
-        """Whether the configuration asks for an evaluation after this step."""
+        """Whether the configuration asks for an evaluation after this step, and there is none yet."""
         every = self.config.training.eval_every
-        return every > 0 and self.step % every == 0
+        return every > 0 and self.step > 0 and self.step % every == 0 and self.evaluated != self.step
 
     def evaluate(self) -> None:
-        """Validation loss, perplexity, bits per byte, and a sample of generated text."""
-        options, length = self.config.training, self.config.data.sequence_length
+        """Validation loss, perplexity, bits per byte, and a sample of generated text; a signal breaks it off."""
         with self.throughput.pause():
-            batches = evaluation_batches(
-                self.data.validation,
-                length,
-                options.micro_batch_size,
-                options.eval_tokens,
-                self.config.data.document_boundaries,
-                joined=self.config.model.attention == "lightning",
-            )
-            mine = (
-                batch
-                for i, batch in enumerate(batches)
-                if i % self.accelerator.num_processes == self.accelerator.process_index
-            )
-            total = score(self.module, mine, self.byte_lengths, self.accelerator.autocast)
-            nll, tokens, num_bytes = self.accelerator.reduce(total, "sum").tolist()
-            self._report(Score(nll, int(tokens), int(num_bytes)))
-        self.evaluated = self.step
+            total = score(self.module, self._evaluation_shares(), self.byte_lengths, self.strategy.autocast)
+            nll, tokens, num_bytes = self.processes.gather(total).sum(0).tolist()
+            if not self.stopping:
+                self._report(Score(nll, int(tokens), int(num_bytes)))
+                self.evaluated = self.step
+            self._heed_signals()
 
     def checkpoint_due(self) -> bool:
         """Whether the configuration asks for a checkpoint after this step."""
         every = self.config.checkpoint.every
         return every > 0 and self.step % every == 0
 
-    def save(self) -> Path:
-        """Save a checkpoint of the current step, whole or not at all; returns its folder."""
+    def save(self, keep: int | None = None) -> Path:
+        """Save a checkpoint of the current step, whole or not at all; returns its folder.
+
+        Args:
+            keep: how many checkpoints stay; None for `checkpoint.keep`.
+
+        Raises:
+            NonFiniteError: a weight is not finite; nothing is saved.
+        """
         with self.throughput.pause():
-            if self.main:
-                self.checkpoint = save_checkpoint(
-                    self.out,
-                    self.step,
-                    self._write_model,
-                    self.optimizer.optimizer,
-                    self.named_parameters,
-                    self._state(),
-                    config_hash(self.config),
-                    self.config.checkpoint.keep,
-                )
-            self.accelerator.wait_for_everyone()
-        self.saved = self.step
-        return self.out / "checkpoints" / f"step_{self.step:08d}"
+            self.peers.at(f"checkpoint of step {self.step}", limit=START_SECONDS)
+            finite = self.processes.gather_objects(self.strategy.holds_finite_weights())
+            if not all(finite):
+                rank = finite.index(False)
+                raise NonFiniteError(f"step {self.step}: weights of rank {rank} are not finite; not saved")
+            options = self.config.checkpoint
+            content = Content(
+                self.step,
+                config_hash(self.config),
+                self._write_model,
+                self.strategy.weight_parts(),
+                self.strategy.moment_parts(),
+                self._state(),
+            )
+            keep = options.keep if keep is None else keep
+            folder = save_checkpoint(self.out, content, keep, options.max_file_bytes, self.processes)
+            self.saved = self.step
+            self._heed_signals()
+        return folder
 
     def stop_if_asked(self) -> None:
         """After SIGTERM or SIGINT to any process: save once and leave.
@@ -244,6 +259,7 @@ class Trainer:
             self.evaluate()
         if self.saved != self.step:
             self.save()
+        self.stop_if_asked()
         self.bar.close()
         if not self.main:
             return
@@ -267,11 +283,6 @@ class Trainer:
 
     # What follows serves the steps above, in their order.
 
-    @property
-    def precision(self) -> str:
-        """ "fp32", "bf16" or "fp16", as resolved for the device."""
-        return {"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
-
     def _say(self, text: str) -> None:
         if self.main:
             tqdm.write(text, file=sys.stderr)
@@ -280,36 +291,50 @@ class Trainer:
         return working(label) if self.main else contextlib.nullcontext()
 
     def _device_name(self) -> str:
-        device = self.accelerator.device
+        device = self.strategy.device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     def _peak_flops(self) -> float | None:
         given = self.config.training.peak_tflops
         if given is not None:
             return given * 1e12
-        return peak_flops(self._device_name(), self.precision) if self.accelerator.device.type == "cuda" else None
+        on_gpu = self.strategy.device.type == "cuda"
+        return peak_flops(self._device_name(), self.strategy.precision) if on_gpu else None
 
     def _tokens_per_step(self) -> int:
         return self.config.training.batch_size * self.config.data.sequence_length
 
     def _step_folder(self) -> Path:
-        return self.out / "checkpoints" / f"step_{self.step:08d}"
+        return checkpoint_path(self.out, self.step)
 
-    def _load(self, checkpoint: Path) -> None:
-        with self._working(f"resuming from {checkpoint}"):
-            state = load_trainer_state(checkpoint)
-            refuse_other_run(checkpoint, state["identity"], run_identity(self.config, self.data.fingerprint))
-            weights = TransnormerForCausalLM.from_pretrained(checkpoint / "model", dtype=torch.float32)
-            self.module.load_state_dict(weights.state_dict())
-            load_optimizer_state(checkpoint, self.optimizer.optimizer, self.named_parameters)
-            restore_rng(checkpoint)
-            if self.accelerator.scaler is not None and state["scaler"] is not None:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.tokens, self.skipped = (state[name] for name in ("step", "tokens", "skipped"))
-        self.tracker_run_id = state["wandb_run_id"]
-        self.saved = self.step
+    def _check_same(self, name: str, value: str, error: type[RunError]) -> None:
+        """Refuse processes that would train on other data or by other settings than the main one."""
+        values = self.processes.gather_objects(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise error(
+                    f"rank {rank}: {name} is {other}, that of rank 0 is {values[0]}; expected the same everywhere"
+                )
 
-    def _open_folder(self, stack: contextlib.ExitStack, before: list[Path]) -> None:
+    def _find(self, resume: str, changed: Iterable[str]) -> tuple[Path | None, dict[str, Any]]:
+        """The checkpoint to go on from and the state it holds; the main process looks, for all."""
+        if not self.main:
+            return None, {}
+        self._present = step_folders(self.out)
+        checkpoint, passed_over = find_checkpoint(self.out, resume)
+        for message in passed_over:
+            self._say(f"not resumed from: {message}")
+        if checkpoint is None:
+            return None, {}
+        state = load_trainer_state(checkpoint)
+        current = run_identity(self.config, self.data.fingerprint, self.data.tokenizer_sha256)
+        refuse_other_run(checkpoint, state["identity"], current, changed)
+        return checkpoint, state
+
+    def _claim_folder(self, stack: contextlib.ExitStack, sign: Path) -> None:
+        """Take the run's folder for this run alone, and leave a sign there for the other processes."""
+        if not self.main:
+            return
         with disk_errors(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.out / ".lock")
@@ -318,75 +343,151 @@ class Trainer:
             except Timeout:
                 raise ConfigError(f"--out: {self.out} is in use by another run") from None
             stack.callback(lock.release)
-            if step_folders(self.out) != before:  # by a run that has ended since this one looked for a checkpoint
+            if (
+                step_folders(self.out) != self._present
+            ):  # by a run that has ended since this one looked for a checkpoint
                 raise ConfigError(f"--out: {self.out} was changed by another run; start again to go on from there")
-            clean_leftovers(self.out)
-            for name in ("exit.json", "loss.png"):
-                remove_unfinished(self.out / name)
-            (self.out / "exit.json").unlink(missing_ok=True)  # of the run that goes on; killed, it would have none
-        with disk_errors(self.out / "config.yaml"):
+            self._tidy()
             replace_file(self.out / "config.yaml", yaml.safe_dump(config_dict(self.config), sort_keys=False).encode())
+            stack.callback(sign.unlink, missing_ok=True)
+            sign.touch()
+
+    def _tidy(self) -> None:
+        """Remove what an earlier start of the run has left: parts of files, and how it ended, as it goes on now."""
+        clean_leftovers(self.out)
+        for name in ("exit.json", "loss.png", "config.yaml"):
+            remove_unfinished(self.out / name)
+        for sign in self.out.glob(".shared-*"):
+            sign.unlink()
+        (self.out / "exit.json").unlink(missing_ok=True)
+
+    def _see_folder(self, sign: Path) -> None:
+        if not sign.exists():
+            raise ConfigError(f"--out: expected {self.out} to be one folder for all processes, got another one here")
+
+    def _load_weights(self, checkpoint: Path | None) -> None:
+        if checkpoint is None:
+            return
+        with self._working(f"resuming from {checkpoint}"), torch.no_grad():
+            parameters = dict(self.module.named_parameters())
+            reader = TensorReader(checkpoint / "model", "model")
+            check_names(reader, set(parameters))
+            for name, parameter in parameters.items():
+                parameter.copy_(reader.read(name, parameter))
+
+    def _load_state(self, checkpoint: Path | None, state: dict[str, Any]) -> None:
+        if checkpoint is None:
+            return
+        with self._working("resuming the optimizer"):
+            self.strategy.load_moments(TensorReader(checkpoint, "optimizer"))
+            restore_rng(checkpoint)
+            if self.strategy.scaler is not None and state["scaler"] is not None:
+                self.strategy.scaler.load_state_dict(state["scaler"])
+        self.step, self.tokens, self.skipped = (state[name] for name in ("step", "tokens", "skipped"))
+        self.dropped = state.get("dropped", 0)
+        self.tracker_run_id = state["wandb_run_id"]
+        self.saved = self.step
+
+    def _open_records(self, stack: contextlib.ExitStack) -> int:
+        """Open what is written step by step; returns the step of the last evaluation there."""
+        if not self.main:
+            return -1
         self.metrics = stack.enter_context(contextlib.closing(MetricsWriter(self.out, self.step)))
         self.trackers = open_trackers(
             self.config.tracking, self.out, config_dict(self.config), self.tracker_run_id, self.step
         )
         stack.callback(self.trackers.close)
+        return self.metrics.last_evaluated
 
     def _batch(self, step: int) -> Batch:
-        """The global batch of a step, a pure function of (seed, step); this process keeps its share of the rows."""
-        options = self.config.data
-        rows = self.order.rows(step)
-        whole = collate(self.data.train, rows, options.sequence_length, options.document_boundaries)
-        labels = int((whole["shift_labels"] >= 0).sum())
-        mine = np.array_split(rows, self.accelerator.num_processes)[self.accelerator.process_index]
-        micro_batches = [
-            collate(
-                self.data.train,
-                part,
-                options.sequence_length,
-                options.document_boundaries,
-                joined=self.config.model.attention == "lightning",
-            )
-            for part in np.array_split(mine, self.micro_batches)
-        ]
-        return Batch(micro_batches, labels, batch_sha(whole["input_ids"].numpy()))
+        self.peers.at(f"step {step + 1}: batch")
+        return step_batch(self.config, self.data.train, self.order, step, self.processes, self.micro_batches)
 
     def _accumulate_gradients(self, batch: Batch) -> Tensor:
         """Backward passes over the micro-batches; returns this process's part of the mean loss.
 
         Each loss is a sum over tokens divided by the tokens of the whole global batch, so that neither the number
-        of micro-batches nor that of processes changes the gradient; DDP averages, hence the factor.
+        of micro-batches nor that of processes changes the gradient; gradients are averaged, hence the factor.
         """
-        self.model.train()
-        processes = self.accelerator.num_processes
-        loss = torch.zeros((), device=self.accelerator.device)
+        self.module.train()
+        loss = torch.zeros((), device=self.strategy.device)
         for i, micro_batch in enumerate(batch.micro_batches):
-            inputs = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in micro_batch.items()}
-            last = i == len(batch.micro_batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                part = self.model(**inputs, num_items_in_batch=max(batch.labels, 1) / processes, skip_logits=True).loss
-                self.accelerator.backward(part)
-            loss += part.detach() / processes
+            inputs = {name: value.to(self.strategy.device, non_blocking=True) for name, value in micro_batch.items()}
+            items = max(batch.labels, 1) / self.processes.count
+            with self.strategy.accumulating(last=i == len(batch.micro_batches) - 1):
+                self.peers.at(f"step {self.step + 1}: forward pass")
+                part = self.strategy.loss(**inputs, num_items_in_batch=items, skip_logits=True)
+                self.peers.at(f"step {self.step + 1}: backward pass")
+                self.strategy.backward(part)
+            loss += part.detach() / self.processes.count
         return loss
 
-    def _agreed(self, loss: Tensor, norm: Tensor) -> tuple[float, float]:
-        """Loss and gradient norm on which all processes agree, and whether any of them was asked to stop."""
+    def _agree(self, loss: Tensor, norm: Tensor | None) -> tuple[list[float], float]:
+        """Every process's part of the loss and the gradient norm; whether any of them was asked to stop is noted."""
         asked = torch.full_like(loss, self.stop.asked is not None)
-        summed = self.accelerator.reduce(torch.stack([loss, asked]), "sum")
-        loss_value, stopping, grad_norm = torch.cat([summed, norm.detach().to(summed)[None]]).tolist()
-        self.stopping = stopping > 0
-        return loss_value, grad_norm
+        values = torch.stack([loss, asked, torch.zeros_like(loss) if norm is None else norm.detach().to(loss)])
+        losses, stopping, norms = self.processes.gather(values).T.tolist()
+        self.stopping |= any(stopping)
+        return losses, norms[0]
 
-    def _refuse_non_finite(self, loss: float, grad_norm: float) -> None:
-        scaler = self.accelerator.scaler
-        wrong = [
-            f"{name} is {value}"
-            for name, value in (("loss", loss), ("gradient norm", grad_norm))
-            if not math.isfinite(value)
-        ]
-        if not wrong or (scaler is not None and math.isfinite(loss) and scaler.get_scale() >= _SMALLEST_SCALE):
-            return  # with a loss scale an overflowing gradient is expected now and then: the scaler skips the step
-        raise NonFiniteError(f"step {self.step + 1}: {' and '.join(wrong)}; no update was made")
+    def _is_finite(self, losses: list[float], grad_norm: float) -> bool:
+        """Whether loss and gradient are; with a loss scale a gradient that is not leads to a smaller scale first."""
+        scaler = self.strategy.scaler
+        scaled = scaler is not None and scaler.get_scale() >= _SMALLEST_SCALE
+        return all(map(math.isfinite, losses)) and (scaled or math.isfinite(grad_norm))
+
+    def _drop(self, batch: Batch, losses: list[float], grad_norm: float) -> None:
+        """Leave out a batch that is not finite, if the configuration allows it, or end the run before the update."""
+        wrong = [f"loss of rank {rank} is {loss}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        wrong += [] if math.isfinite(grad_norm) else [f"the gradient norm is {grad_norm}"]
+        text = f"step {self.step + 1}: {' and '.join(wrong)}; no update was made; {self._not_finite(batch)}"
+        if self.dropped < self.config.training.skip_nonfinite:
+            self.strategy.discard()
+            self.dropped += 1
+            self._say(f"{text}; batch left out, the {self.dropped}. of at most {self.config.training.skip_nonfinite}")
+            return
+        if self.saved != self.step > 0 and all(self.processes.gather_objects(self.strategy.holds_finite_weights())):
+            text += f"; checkpoint of the step before: {self.save(keep=0)}"
+        raise NonFiniteError(text)
+
+    def _not_finite(self, batch: Batch) -> str:
+        """Run the batch again to see in which process which weight or gradient is not finite."""
+        self.peers.at(f"step {self.step + 1}: search for what is not finite", limit=START_SECONDS)
+        weights = non_finite_weights(self.module)
+        gradients = non_finite_gradients(self.module, lambda: self._accumulate_gradients(batch))
+        mine = [*(f"weight {name}" for name in weights), *(f"gradient of {name}" for name in gradients)]
+        found = {rank: names for rank, names in enumerate(self.processes.gather_objects(mine)) if names}
+        if not found:
+            return "weights are finite, and gradients too when the batch is run again"
+        more = "{} and {} more on rank {}"
+        return "not finite: " + ", ".join(
+            more.format(names[0], len(names) - 1, rank) if len(names) > 1 else f"{names[0]} on rank {rank}"
+            for rank, names in found.items()
+        )
+
+    def _evaluation_shares(self) -> Iterator[dict[str, Tensor]]:
+        """This process's validation batches; all have as many, and end early if any was asked to stop."""
+        options, data = self.config.training, self.config.data
+        joined = self.config.model.attention == "lightning"
+        batches = evaluation_batches(
+            self.data.validation,
+            data.sequence_length,
+            options.micro_batch_size,
+            options.eval_tokens,
+            data.document_boundaries,
+            joined,
+        )
+        while shares := list(islice(batches, self.processes.count)):
+            self.peers.at(f"evaluation after step {self.step}")
+            self._heed_signals()
+            if self.stopping:
+                return
+            rank = self.processes.rank
+            yield shares[rank] if rank < len(shares) else without_labels(shares[0])
+
+    def _heed_signals(self) -> None:
+        """Learn whether any process was asked to stop."""
+        self.stopping |= any(self.processes.gather_objects(self.stop.asked is not None))
 
     def _record(self, batch: Batch, loss: float, grad_norm: float, lr: float) -> None:
         speed = self.throughput.update(self._tokens_per_step())
@@ -400,9 +501,9 @@ class Trainer:
             lr=lr,
             tokens=self.tokens,
             tokens_per_second=speed,
-            mfu=mfu(speed, self.flops, self.peak, self.accelerator.num_processes),
-            skipped=self.skipped,
-            world_size=self.accelerator.num_processes,
+            mfu=mfu(speed, self.flops, self.peak, self.processes.count),
+            skipped=self.skipped + self.dropped,
+            world_size=self.processes.count,
             batch_sha=batch.sha,
         )
         self.metrics.write(record)
@@ -412,14 +513,10 @@ class Trainer:
         self.bar.update()
 
     def _report(self, result: Score) -> None:
+        self.peers.at(f"sample after step {self.step}", limit=START_SECONDS)
+        sample = self._sample()
         if not self.main:
             return
-        options, sample = self.config.training, None
-        if options.sample_prompt:
-            with self.accelerator.autocast():
-                sample = complete(
-                    self.module, self.tokenizer, options.sample_prompt, options.sample_tokens, self.config.seed
-                )
         record = EvaluationRecord(self.step, self.tokens, result.loss, result.perplexity, result.bits_per_byte, sample)
         self.metrics.write(record)
         self.trackers.log(self.step, {"validation_loss": result.loss, "bits_per_byte": result.bits_per_byte})
@@ -431,21 +528,38 @@ class Trainer:
             self.trackers.log_text(self.step, "sample", sample)
             self._say("\n".join(f"  | {line}" for line in sample.splitlines()))
 
+    def _sample(self) -> str | None:
+        """Text by the model, from the main process, or from all where each holds a share of the weights."""
+        options, together = self.config.training, self.strategy.generates_together
+        if not options.sample_prompt or not (self.main or together):
+            return None
+        with self.strategy.autocast():
+            return complete(
+                self.module,
+                self.tokenizer,
+                options.sample_prompt,
+                options.sample_tokens,
+                self.config.seed,
+                synced_gpus=together,
+                stopping_criteria=stop_when(lambda: self.stop.asked is not None),
+            )
+
     def _write_model(self, folder: Path) -> None:
-        """A transformers model folder: weights, code, tokenizer and card."""
-        self.module.save_pretrained(folder)
+        """What a transformers model folder holds beside the weights: configuration, code, tokenizer and card."""
+        self.module.save_without_weights(folder)
         for file in self.data.tokenizer_folder.iterdir():
             shutil.copyfile(file, folder / file.name)
         card = model_card(self.config, self.module.config, self.step, self.tokens, self.out)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     def _state(self) -> dict[str, Any]:
-        scaler = self.accelerator.scaler
+        scaler = self.strategy.scaler
         return {
             "step": self.step,
             "tokens": self.tokens,
             "skipped": self.skipped,
+            "dropped": self.dropped,
             "scaler": None if scaler is None else scaler.state_dict(),
-            "wandb_run_id": self.trackers.run_id,
-            "identity": run_identity(self.config, self.data.fingerprint),
+            "wandb_run_id": self.trackers.run_id if self.main else None,
+            "identity": run_identity(self.config, self.data.fingerprint, self.data.tokenizer_sha256),
         }

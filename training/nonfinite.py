@@ -1,0 +1,55 @@
+"""Where numbers stop being finite: the weights and gradients of this process that hold NaN or infinity."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+
+def non_finite_weights(module: nn.Module) -> list[str]:
+    """Return the names of the parameters of which this process holds a value that is not finite."""
+    return [name for name, parameter in module.named_parameters() if not _is_finite(parameter)]
+
+
+def non_finite_gradients(module: nn.Module, run: Callable[[], object]) -> list[str]:
+    """Return the names of the parameters whose gradient in this process is not finite, before any exchange.
+
+    Args:
+        module: the model without wrapping.
+        run: forward and backward passes over this process's micro-batches; gradients are added to.
+    """
+    found: dict[str, None] = {}
+    with _watched_gradients(module, found):
+        run()
+    return list(found)
+
+
+@contextlib.contextmanager
+def _watched_gradients(module: nn.Module, found: dict[str, None]) -> Iterator[None]:
+    """Look at each gradient as it arises; FSDP2 and ZeRO-3 have a parameter only while its module is at work."""
+    handles: list[RemovableHandle] = []
+
+    def look(name: str, gradient: Tensor) -> None:
+        if not _is_finite(gradient):
+            found[name] = None
+
+    def before(prefix: str, part: nn.Module, inputs: tuple) -> None:
+        for name, parameter in part.named_parameters(recurse=False):
+            handles.append(parameter.register_hook(partial(look, f"{prefix}.{name}")))
+
+    for name, part in module.named_modules():
+        if any(True for _ in part.parameters(recurse=False)):
+            handles.append(part.register_forward_pre_hook(partial(before, name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return bool(local.detach().isfinite().all())
