@@ -36,7 +36,13 @@ class Template:
         )
 
     def start(
-        self, argv: list[str], output: Path, ranks: int = 1, largest_file: int | None = None, module: str = "train"
+        self,
+        argv: list[str],
+        output: Path,
+        ranks: int = 1,
+        largest_file: int | None = None,
+        module: str = "train",
+        **variables: str,
     ) -> "Workers":
         """Fork the processes of a run.
 
@@ -46,10 +52,11 @@ class Template:
             ranks: how many, as torchrun would start them on this machine.
             largest_file: bytes beyond which no file grows (RLIMIT_FSIZE); writing more fails as on a full disk.
             module: whose `main(argv)` runs.
+            variables: of the environment.
         """
         request = {"argv": argv, "output": str(output), "largest_file": largest_file, "module": module}
         port = _free_port()
-        environments = [_environment(rank, ranks, port) if ranks > 1 else {} for rank in range(ranks)]
+        environments = [variables | (_environment(rank, ranks, port) if ranks > 1 else {}) for rank in range(ranks)]
         return Workers(self, [self.ask(request | {"environment": e}) for e in environments], output)
 
     def ask(self, request: dict[str, Any]) -> Any:

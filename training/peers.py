@@ -17,7 +17,7 @@ from datetime import timedelta
 
 from torch.distributed import DistError, PrefixStore, TCPStore
 
-from training.errors import PeerError
+from training.errors import PeerError, RunError
 from training.processes import Processes
 
 _INTERVAL = 0.5  # s between two signs of life
@@ -92,7 +92,7 @@ class Peers:
             self._me.ending = ""
         except BaseException as error:
             lost = self._find_cause() if _is_of_connection(error) else None
-            self._me.ending = str(lost or error) or type(error).__name__
+            self._me.ending = str(lost) if lost else str(error) if isinstance(error, RunError) else _told(error)
             if lost is not None:
                 raise lost from error
             raise
@@ -187,6 +187,10 @@ def _is_of_connection(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         isinstance(error, DistError) or re.search(r"gloo|nccl|connection|peer", str(error), re.IGNORECASE) is not None
     )
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _place() -> str:

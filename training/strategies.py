@@ -239,4 +239,6 @@ def open_strategy(config: Config) -> Strategy:
         return FullySharded(config, precision)
     from training.zero import Zero
 
+    if config.training.skip_nonfinite:
+        raise ConfigError(f"training.skip_nonfinite: expected 0 with {name}, got {config.training.skip_nonfinite}")
     return Zero(config, precision, stage=int(name[-1]))

@@ -143,6 +143,8 @@ class Trainer:
             sign = self.out / f".shared-{everyone(secrets.token_hex(4))[0]}"
             together(lambda: self._claim_folder(stack, sign))
             together(lambda: self._see_folder(sign))
+            if self.main:
+                sign.unlink(missing_ok=True)
             self.ending.out = self.out
             together(lambda: self._load_weights(checkpoint))
             self.strategy.prepare(self.module, self.optimizer)
@@ -343,14 +345,12 @@ class Trainer:
             except Timeout:
                 raise ConfigError(f"--out: {self.out} is in use by another run") from None
             stack.callback(lock.release)
-            if (
-                step_folders(self.out) != self._present
-            ):  # by a run that has ended since this one looked for a checkpoint
+            if step_folders(self.out) != self._present:  # by a run that has ended meanwhile
                 raise ConfigError(f"--out: {self.out} was changed by another run; start again to go on from there")
             self._tidy()
-            replace_file(self.out / "config.yaml", yaml.safe_dump(config_dict(self.config), sort_keys=False).encode())
-            stack.callback(sign.unlink, missing_ok=True)
             sign.touch()
+        with disk_errors(self.out / "config.yaml"):
+            replace_file(self.out / "config.yaml", yaml.safe_dump(config_dict(self.config), sort_keys=False).encode())
 
     def _tidy(self) -> None:
         """Remove what an earlier start of the run has left: parts of files, and how it ended, as it goes on now."""

@@ -1,0 +1,152 @@
+"""Runs on one process and many, by DDP, FSDP2 and ZeRO: one batch, one gradient, one checkpoint format."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fault_runs import Template, lines
+from safetensors.torch import load_file
+
+from model import TransnormerForCausalLM
+from training.manifest import list_checkpoints, verify_checkpoint
+
+STRATEGIES = ["ddp", "fsdp2", "zero2", "zero3"]
+
+
+@pytest.fixture(scope="module")
+def whole(template: Template, fault_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one process with one micro-batch a step."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    workers = template.start([*fault_arguments, f"--out={out}", "--training.micro_batch_size=8"], out.with_name("log"))
+    assert workers.wait() == [0], workers.said()
+    return out
+
+
+def check_same_losses(out: Path, whole: Path, ranks: int | None = None) -> None:
+    ours, theirs = lines(out / "metrics.jsonl"), lines(whole / "metrics.jsonl")
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one["batch_sha"], one["lr"], one["tokens"]) == (other["batch_sha"], other["lr"], other["tokens"])
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+        assert ranks is None or one["world_size"] == ranks
+    ours, theirs = lines(out / "evaluations.jsonl"), lines(whole / "evaluations.jsonl")
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["validation_loss"] == pytest.approx(other["validation_loss"], abs=1e-5)
+
+
+def tensors(folder: Path, stem: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob(f"{stem}*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def check_same_tensors(out: Path, whole: Path, step: int) -> None:
+    """Check weights and moments against those of a run on one process, which may lie in other files."""
+    ours, theirs = (folder / "checkpoints" / f"step_{step:08d}" for folder in (out, whole))
+    for place in ("model/model", "optimizer"):
+        mine, other = (tensors((folder / place).parent, Path(place).name) for folder in (ours, theirs))
+        assert mine.keys() == other.keys()
+        for name in mine:
+            assert torch.allclose(mine[name], other[name], rtol=1e-4, atol=2e-5), name
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_make_the_same_updates(
+    template: Template, fault_arguments: list[str], whole: Path, tmp_path: Path, strategy: str, micro: int
+) -> None:
+    out = tmp_path / "run"
+    options = [f"--training.strategy={strategy}", f"--training.micro_batch_size={micro}", f"--out={out}"]
+    workers = template.start([*fault_arguments, *options], tmp_path / "log", ranks=2)
+    assert workers.wait() == [0, 0], workers.said()
+    check_same_losses(out, whole, ranks=2)
+    check_same_tensors(out, whole, step=8)
+    assert f"2 x cpu by {strategy}" in workers.said()
+
+
+def test_four_processes_make_the_same_updates(
+    template: Template, fault_arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    workers = template.start([*fault_arguments, f"--out={out}"], tmp_path / "log", ranks=4)
+    assert workers.wait() == [0] * 4, workers.said()
+    check_same_losses(out, whole, ranks=4)
+
+
+def test_a_run_goes_from_one_strategy_to_the_next(
+    template: Template, fault_arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
+    """The first takes three steps, each other one, and leaves the run to the next; files are of several sizes."""
+    out = tmp_path / "run"
+    stages = [(1, "ddp", 10**9), (2, "ddp", 40_000), (2, "fsdp2", 10_000), (2, "zero2", 10**9)]
+    stages = [*stages, (2, "zero3", 40_000), (1, "ddp", 10_000)]
+    for last, (ranks, strategy, size) in enumerate(stages, start=3):
+        options = [f"--training.strategy={strategy}", f"--checkpoint.max_file_bytes={size}", f"--out={out}"]
+        argv = [*fault_arguments, *options, "--import=tests.halted", "--training.micro_batch_size=2"]
+        workers = template.start(argv, tmp_path / "log", ranks=ranks, HALT_AFTER=str(last if last < 8 else 0))
+        assert workers.wait() == [143 if last < 8 else 0] * ranks, workers.said()
+        folder = list_checkpoints(out)[-1]
+        assert verify_checkpoint(folder).step == last
+        files = list(folder.glob("model/*.safetensors"))
+        assert (len(files) == 1) == (size == 10**9), files
+    check_same_losses(out, whole)
+    check_same_tensors(out, whole, step=8)
+    assert {line["world_size"] for line in lines(out / "metrics.jsonl")} == {1, 2}
+
+
+def test_a_sharded_checkpoint_opens_with_transformers(
+    template: Template, fault_arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    options = ["--training.strategy=fsdp2", "--checkpoint.max_file_bytes=10000", f"--out={out}"]
+    workers = template.start([*fault_arguments, *options], tmp_path / "log", ranks=2)
+    assert workers.wait() == [0, 0], workers.said()
+    folder = list_checkpoints(out)[-1] / "model"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == len(list(folder.glob("*.safetensors"))) > 3
+    opened = TransnormerForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(opened[name], tensor) for name, tensor in tensors(folder, "model").items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--training.batch_size=9"], "training.batch_size: expected a multiple of the 2 processes, got 9"),
+        (["--training.micro_batch_size=3"], "training.micro_batch_size: expected a divisor of 4"),
+        (
+            ["--training.strategy=zero2", "--training.skip_nonfinite=1"],
+            "skip_nonfinite: expected 0 with zero2, got 1",
+        ),
+    ],
+)
+def test_what_can_not_work_is_refused_by_all(
+    template: Template, fault_arguments: list[str], tmp_path: Path, options: list[str], message: str
+) -> None:
+    workers = template.start([*fault_arguments, *options, f"--out={tmp_path / 'run'}"], tmp_path / "log", ranks=2)
+    assert workers.wait() == [2, 2], workers.said()
+    assert message in workers.said()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "strategy"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fsdp2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero3"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, None),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, None),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, None),
+    ],
+)
+def test_what_accelerate_was_launched_with_counts(
+    template: Template, fault_arguments: list[str], tmp_path: Path, variables: dict[str, str], strategy: str | None
+) -> None:
+    argv = [*fault_arguments, "--training.steps=2", f"--out={tmp_path / 'run'}"]
+    workers = template.start(argv, tmp_path / "log", ranks=2, **variables)
+    if strategy is None:
+        assert workers.wait() == [2, 2], workers.said()
+        assert "error: accelerate: " in workers.said()
+    else:
+        assert workers.wait() == [0, 0], workers.said()
+        assert f"2 x cpu by {strategy}" in workers.said()
