@@ -28,7 +28,8 @@ from training.metrics import (
     peak_flops,
     read_records,
 )
-from training.trackers import REDACTED, check_trackers, open_trackers, redact, redact_arguments
+from training.redaction import REDACTED, redact, redact_arguments
+from training.trackers import check_trackers, open_trackers
 
 ROOT = Path(__file__).parents[1]
 RECORD = StepRecord(

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from training.errors import CheckpointError
+from training.jsonfile import read_json_object
 from training.manifest import (
     MANIFEST,
     FileEntry,
@@ -28,6 +29,7 @@ from training.manifest import (
     verify_checkpoint,
 )
 from training.processes import Processes
+from training.rngstate import check_rng_tensors
 from training.storage import disk_errors, sync
 from training.tensorfiles import Part, write_tensors
 
@@ -186,7 +188,7 @@ def load_trainer_state(folder: Path) -> dict[str, Any]:
     """Return the `trainer_state` that `save_checkpoint` was given; an unreadable one is a CheckpointError."""
     path = folder / "trainer_state.json"
     try:
-        return json.loads(path.read_bytes())
+        return read_json_object(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: unreadable: {error}") from error
 
@@ -222,6 +224,7 @@ def restore_rng(folder: Path) -> None:
     path = folder / "rng.safetensors"
     tensors = _load_tensors(path)
     try:
+        check_rng_tensors(tensors)
         torch.set_rng_state(tensors["torch"])
         for device in range(torch.cuda.device_count()):
             if f"cuda.{device}" in tensors:

@@ -4,17 +4,18 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from training.errors import ConfigError
 from training.imports import IMPORT_HELP
+from training.yamlfile import read_yaml, refuse_references
 
 _CHANGED_HELP = "go on from a checkpoint although this key differs, as optim.lr; may be given several times"
 
@@ -249,18 +250,6 @@ class Run:
     imports: list[str]
 
 
-class _StrictLoader(yaml.BaseLoader):
-    """YAML with every scalar left as its text, so that the field's type decides, and no key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise ConfigError(f"{key.start_mark.name}:{key.start_mark.line + 1}: {key.value} is given twice")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def load_config(argv: list[str], prog: str = "train.py") -> Run:
     """Merge `--config` files left to right, then the command line's `--section.key value`.
 
@@ -275,6 +264,8 @@ def load_config(argv: list[str], prog: str = "train.py") -> Run:
     files, rest = _split_config_files(argv)
     arguments = [argument for file in files for argument in _file_arguments(Path(file))]
     _refuse_unknown_options(rest)
+    for argument in (*arguments, *rest):
+        _refuse_references(argument)
     try:
         parsed = parser.parse_args([*arguments, *rest])
         values = parser.instantiate(parsed)
@@ -296,6 +287,11 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: naming the key, what was expected and what came.
     """
+    for key, number in _numbers(config_dict(config)):
+        if isinstance(number, int) and not abs(number) < 2**63:
+            raise ConfigError(f"{key}: expected a whole number that 64 bits hold, got {number}")
+        if not math.isfinite(number):
+            raise ConfigError(f"{key}: expected a finite number, got {number}")
     for key, value, least in _lower_bounds(config):
         if value is not None and value < least:
             raise ConfigError(f"{key}: expected {least} or more, got {value}")
@@ -311,6 +307,17 @@ def check(config: Config) -> None:
         raise ConfigError(f"optim.decay_share: expected 0 to 1, got {optim.decay_share}")
     if not 0 < data.validation_share < 1:
         raise ConfigError(f"data.validation_share: expected between 0 and 1, got {data.validation_share}")
+
+
+def _numbers(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """Every number of the configuration by its key."""
+    found = []
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found += _numbers(value, f"{prefix}{name}.")
+        for item in value if isinstance(value, list) else [value]:
+            found += [(prefix + name, item)] if isinstance(item, int | float) else []
+    return found
 
 
 def _lower_bounds(config: Config) -> list[tuple[str, float | None, float]]:
@@ -371,13 +378,13 @@ def _split_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
 def _file_arguments(file: Path) -> list[str]:
     """A YAML file as command-line arguments, its keys checked."""
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), _StrictLoader)
+        tree = read_yaml(file)
     except OSError as error:
         raise ConfigError(f"{file}: {os.strerror(error.errno or 0)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not valid YAML: {error}") from None
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("<unicode string>", str(file))) from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: expected keys and values, got {tree!r}")
     leaves = _leaves(tree, f"{file}: ")
@@ -436,6 +443,15 @@ def _refuse_unknown_options(rest: list[str]) -> None:
             key = argument[2:].split("=")[0]
             if key not in known:
                 raise ConfigError(f"--{key}: no such option{_nearest(key)}")
+
+
+def _refuse_references(argument: str) -> None:
+    """Refuse a value that the parser would unfold beyond all bounds: it reads values as YAML."""
+    key, equals, value = argument.partition("=") if argument.startswith("--") else ("", "=", argument)
+    try:
+        refuse_references(value if equals else "")
+    except ValueError as error:
+        raise ConfigError(f"{key.removeprefix('--') or value[:40]}: {error}") from None
 
 
 def _readable(message: str) -> str:

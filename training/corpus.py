@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from training.config import DataConfig
 from training.errors import ConfigError, DataError
+from training.jsonfile import parse_json
 from training.progress import working
 
 Split = Literal["train", "validation"]
@@ -282,7 +283,7 @@ def _read_jsonl(path: Path, column: str, skipped: Skipped) -> Iterator[str]:
                 continue
             place = f"{path}, line {number}"
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except ValueError as error:
                 raise DataError(f"{place}: expected a JSON object in UTF-8, got {error}") from error
             if not isinstance(record, dict):

@@ -8,6 +8,11 @@ class RunError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        """The message in one line that a terminal shows as it is, whatever a file put into it."""
+        line = " ".join(filter(None, map(str.strip, super().__str__().splitlines())))
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
 
 class ConfigError(RunError):
     """The configuration or the command line is wrong; nothing was written."""

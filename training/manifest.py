@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from training.errors import CheckpointError
+from training.jsonfile import parse_json, read_regular
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -51,7 +52,7 @@ def describe_file(path: Path) -> FileEntry:
 def describe_files(folder: Path, step: int, config_hash: str, known: Mapping[str, FileEntry] | None = None) -> Manifest:
     """Return the manifest of the files that a folder holds now; those that are `known` are not read again."""
     known = known or {}
-    files = {name: known.get(name) or describe_file(path) for name, path in _regular_files(folder).items()}
+    files = {name: known.get(name) or describe_file(path) for name, path in regular_files(folder).items()}
     versions = {name: _version(name) for name in ("torch", "transformers", "transnormer")}
     return Manifest(FORMAT_VERSION, step, config_hash, {"python": platform.python_version(), **versions}, files)
 
@@ -77,15 +78,14 @@ def verify_checkpoint(folder: Path) -> Manifest:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a checkpoint folder, there is none")
-    found = _regular_files(folder)
+    found = regular_files(folder)
     manifest = _read_manifest(folder)
     found.pop(MANIFEST)
     named = step_of(folder)
     if named not in (None, manifest.step):
         raise CheckpointError(f"{folder}: holds step {manifest.step}, its name says {named}")
     for name in manifest.files:
-        if name.startswith("/") or ".." in name.split("/"):
-            raise CheckpointError(f"{folder / MANIFEST}: the path {name!r} leaves the folder")
+        _refuse_name(folder / MANIFEST, name)
         if name not in found:
             raise CheckpointError(f"{folder / name}: missing")
     for name, path in found.items():
@@ -109,14 +109,15 @@ def _verify_file(path: Path, expected: FileEntry) -> None:
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
-        content = path.read_bytes()
-        fields = json.loads(content)
+        content = read_regular(path)
+        fields = parse_json(content)
         version = fields.pop("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path}: format_version is {version!r}, expected {FORMAT_VERSION}")
         fields.pop("sha256")
         files = {name: FileEntry(**entry) for name, entry in fields.pop("files").items()}
         manifest = Manifest(format_version=version, files=files, **fields)
+        _check_types(manifest)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: unreadable manifest: {type(error).__name__}: {error}") from error
     if manifest.render() != content:
@@ -124,7 +125,29 @@ def _read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _regular_files(folder: Path) -> dict[str, Path]:
+def _check_types(manifest: Manifest) -> None:
+    for name, value, kind in (
+        ("step", manifest.step, int),
+        ("config_hash", manifest.config_hash, str),
+        *((f"version of {name!r}", value, str) for name, value in manifest.versions.items()),
+        *((f"size of {name!r}", entry.size, int) for name, entry in manifest.files.items()),
+        *((f"sha256 of {name!r}", entry.sha256, str) for name, entry in manifest.files.items()),
+    ):
+        if type(value) is not kind:
+            raise TypeError(f"{name}: expected {kind.__name__}, got {value!r}")
+    if not 0 <= manifest.step < 2**63:
+        raise ValueError(f"step: expected a whole number from 0, got {manifest.step}")
+
+
+def _refuse_name(path: Path, name: str) -> None:
+    """Refuse a name that is no plain path of a file inside the folder, on any system."""
+    if name.startswith("/") or ".." in re.split(r"[/\\]", name):
+        raise CheckpointError(f"{path}: the path {name!r} leaves the folder")
+    if "\\" in name or not name.isprintable() or any(part in ("", ".") for part in name.split("/")):
+        raise CheckpointError(f"{path}: expected plain relative paths such as 'model/config.json', got {name!r}")
+
+
+def regular_files(folder: Path) -> dict[str, Path]:
     """Return the files under a folder by relative path; links and special files are a CheckpointError."""
     files = {}
     for parent, folders, names in os.walk(folder):

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from training.errors import CheckpointError
+from training.jsonfile import parse_json
+from training.redaction import redact
 from training.storage import disk_errors, remove_unfinished, replace_file
 
 
@@ -82,7 +84,7 @@ class MetricsWriter:
 
     def write(self, record: StepRecord | EvaluationRecord) -> None:
         """Append a record to its file; numbers that are not finite become null, which keeps the line valid JSON."""
-        self._files[type(record)].append(dataclasses.asdict(record))
+        self._files[type(record)].append(redact(dataclasses.asdict(record)))
 
     def close(self) -> None:
         """Close both files."""
@@ -132,12 +134,15 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: names the line, before the last, that is not such a record.
     """
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        raise CheckpointError(f"{path}: a link, folder or special file, expected a file of records")
     lines = path.read_bytes().splitlines() if path.exists() else []
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            record["step"] + 0
+            record = parse_json(line)
+            if type(record["step"]) is not int or any(isinstance(value, dict | list) for value in record.values()):
+                raise ValueError("expected a whole number as step, and no value inside another")
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break

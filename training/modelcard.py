@@ -6,7 +6,7 @@ import yaml
 from transformers import PreTrainedConfig
 
 from training.config import Config, config_dict
-from training.trackers import redact
+from training.redaction import redact
 
 _CARD = """---
 library_name: transformers
@@ -43,7 +43,7 @@ A text generator repeats what its corpus held, errors and bias included; it was 
 
 def model_card(config: Config, model_config: PreTrainedConfig, step: int, tokens: int, out: Path) -> str:
     """The text of the card, as Markdown; secrets in the configuration are left out."""
-    return _CARD.format(
+    text = _CARD.format(
         name=out.name,
         step=step,
         layers=model_config.num_hidden_layers,
@@ -56,3 +56,4 @@ def model_card(config: Config, model_config: PreTrainedConfig, step: int, tokens
         length=config.data.sequence_length,
         config=yaml.safe_dump(redact(config_dict(config)), sort_keys=False),
     )
+    return redact(text)

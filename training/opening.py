@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import CheckpointError, ConfigError
+from training.foreign import foreign_errors
 from training.manifest import MANIFEST, latest_checkpoint, verify_checkpoint
 from training.progress import working
 
@@ -19,11 +20,19 @@ def model_folder(name: str) -> str:
         checkpoint, bad = latest_checkpoint(path)
         if checkpoint is None:
             raise CheckpointError(f"{path}: expected a whole checkpoint, found none{''.join(f'; {m}' for m in bad)}")
-        return str(checkpoint / "model")
+        return _folder_of(checkpoint)
     if (path / MANIFEST).is_file():
         verify_checkpoint(path)
-        return str(path / "model")
+        return _folder_of(path)
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path}: expected a run, a checkpoint or a model folder, got a file")
     return name
+
+
+def _folder_of(checkpoint: Path) -> str:
+    if not (checkpoint / "model").is_dir():  # else a relative path would be taken for a name of the hub
+        raise CheckpointError(f"{checkpoint / 'model'}: expected a model folder, there is none")
+    return str(checkpoint / "model")
 
 
 def open_model(name: str, device: str, dtype: str) -> tuple[Any, Any, str]:
@@ -43,23 +52,31 @@ def open_model(name: str, device: str, dtype: str) -> tuple[Any, Any, str]:
     """
     with working("loading torch and transformers"):
         import torch
-        from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
         from transformers.utils.logging import disable_progress_bar
 
-        import model  # noqa: F401 (registers the architecture)
+        from training.modelfolder import EXPECTED, check_model_folder
 
     disable_progress_bar()
     folder = model_folder(name)
     with working(f"opening {folder}" if Path(folder).exists() else f"no folder {folder} here: asking the hub"):
-        try:
+        if (local := Path(folder)).is_dir():
+            check_model_folder(local)
+        with foreign_errors(CheckpointError, EXPECTED.format(folder)):
             opened = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+                folder,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, StrictDataclassError) as error:
-            reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
-            raise CheckpointError(f"{folder}: expected a run, a checkpoint or a model folder: {reason}") from error
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if len(tokenizer) > opened.config.vocab_size:
+            raise CheckpointError(
+                f"{folder}: expected at most {opened.config.vocab_size} pieces, as the model has, "
+                f"the tokenizer has {len(tokenizer)}"
+            )
+        if local.is_dir():  # its generation_config.json could ask for a billion beams
+            opened.generation_config = GenerationConfig.from_model_config(opened.config)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

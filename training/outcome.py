@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from training.errors import EXIT_SIGTERM, ResourceError, RunError
+from training.redaction import redact
 from training.storage import replace_file
 
 _DEAF_SECONDS = 5.0
@@ -35,7 +36,9 @@ class Ending:
         if self.out is None or int(os.environ.get("RANK", "0")) != next(ranks, 0):
             return
         try:
-            replace_file(self.out / "exit.json", (json.dumps({"exit_code": code, "reason": reason}) + "\n").encode())
+            replace_file(
+                self.out / "exit.json", (json.dumps({"exit_code": code, "reason": redact(reason)}) + "\n").encode()
+            )
         except OSError as error:  # the disk may be what failed; the exit code still tells
             print(f"{self.out / 'exit.json'}: not written: {error.strerror}", file=sys.stderr)
 

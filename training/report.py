@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from training.errors import ConfigError
+from training.errors import CheckpointError, ConfigError
 from training.metrics import read_records
 from training.storage import disk_errors, replace_file
 
@@ -94,10 +94,22 @@ def smooth(values: list[float], radius: int) -> list[float]:
 
 
 def _read_run(out: Path) -> tuple[list[dict], list[dict]]:
-    steps = read_records(out / "metrics.jsonl")
+    steps = _read_numbers(out / "metrics.jsonl", "loss")
     if not steps:
         raise ConfigError(f"{out}: expected a run with a metrics.jsonl of at least one step, there is none")
-    return steps, read_records(out / "evaluations.jsonl")
+    return steps, _read_numbers(out / "evaluations.jsonl", "validation_loss")
+
+
+def _read_numbers(path: Path, loss: str) -> list[dict]:
+    """Read records that have the tokens and the loss of a point; null is a loss that was not finite."""
+    records = read_records(path)
+    for record in records:
+        tokens, value = record.get("tokens"), record.get(loss, "")
+        if type(tokens) is not int or not 0 <= tokens < 2**63 or not isinstance(value, int | float | None):
+            raise CheckpointError(
+                f"{path}: step {record['step']}: expected numbers as tokens and {loss}, got {record!r:.200}"
+            )
+    return records
 
 
 def _labels(outs: list[Path]) -> list[str]:

@@ -15,6 +15,17 @@ from model import TransnormerConfig, TransnormerForCausalLM
 from training.config import Config, config_dict
 from training.errors import CheckpointError, ConfigError
 from training.manifest import latest_checkpoint, list_checkpoints, verify_checkpoint
+from training.storage import refuse_links
+
+_RUN_FILES = (
+    ".lock",
+    "config.yaml",
+    "evaluations.jsonl",
+    "exit.json",
+    "loss.png",
+    "metrics.jsonl",
+)
+_RUN_FOLDERS = ("checkpoints", "tensorboard", "wandb")
 
 
 def check_out(out: Path) -> None:
@@ -24,6 +35,7 @@ def check_out(out: Path) -> None:
         raise ConfigError(f"--out: expected a folder, got {out}: {nearest} is a file")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"--out: {nearest} is not writable")
+    refuse_links(out, _RUN_FILES, _RUN_FOLDERS)
 
 
 def use_cores(device: torch.device, threads: int | None) -> None:

@@ -3,11 +3,11 @@
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from training.errors import CheckpointError, ResourceError, RunError
+from training.errors import CheckpointError, ConfigError, ResourceError, RunError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -73,3 +73,16 @@ def remove_unfinished(path: Path) -> None:
 
 def _unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.writing")
+
+
+def refuse_links(folder: Path, files: Iterable[str], folders: Iterable[str]) -> None:
+    """Refuse a folder in which one of these names is a link, or not what it should be: writing would follow it.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    for kind, is_kind, names in (("file", Path.is_file, files), ("folder", Path.is_dir, folders)):
+        for path in (folder / name for name in names):
+            if os.path.lexists(path) and (path.is_symlink() or not is_kind(path)):
+                state = "a link" if path.is_symlink() else "something else"
+                raise ConfigError(f"{path}: expected a {kind} of a run, or nothing; it is {state}")

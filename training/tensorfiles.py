@@ -18,6 +18,7 @@ from torch import Tensor
 from training.errors import CheckpointError, RunError
 from training.processes import Processes
 from training.storage import disk_errors
+from training.weights import weight_files
 
 
 class Part(NamedTuple):
@@ -114,7 +115,7 @@ class TensorReader:
     def __init__(self, folder: Path, stem: str) -> None:
         self.path = folder / f"{stem}.safetensors"
         self._files: dict[str, Any] = {}
-        for file in _files_of(folder, stem):
+        for file in weight_files(folder, stem):
             try:
                 opened = safe_open(file, framework="pt")
                 self._files |= dict.fromkeys(opened.keys(), opened)
@@ -149,18 +150,3 @@ class TensorReader:
                 f"{self.path}: {name} is {tensor.dtype} {shape}, expected {expected.dtype} {tuple(expected.shape)}"
             )
         return tensor
-
-
-def _files_of(folder: Path, stem: str) -> list[Path]:
-    index = folder / f"{stem}.safetensors.index.json"
-    if not index.is_file():
-        return [folder / f"{stem}.safetensors"]
-    try:
-        places = json.loads(index.read_bytes())["weight_map"].values()
-        names = sorted({str(name) for name in places})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: expected the names of files, got {error!r}") from error
-    for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(f"{index}: expected names of files of this folder, got {name!r}")
-    return [folder / name for name in names]

@@ -4,6 +4,7 @@ import hashlib
 import heapq
 import io
 import json
+import os
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -17,12 +18,22 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from training.config import Config, TokenizerConfig
 from training.corpus import Corpus, Skipped
 from training.errors import ConfigError, DataError
+from training.foreign import foreign_errors
+from training.jsonfile import read_json_object, read_regular
 from training.progress import build_once, working
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MODEL_FILE = "tokenizer.model"
+_FILES = (
+    MODEL_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 SPACE = "▁"  # SentencePiece's sign for a space; a document that holds the sign itself gets a space back
 
 # With a dummy prefix, another algorithm or a normalisation, transformers would encode otherwise without a word.
@@ -100,6 +111,21 @@ def train_tokenizer(corpus: Corpus, options: TokenizerConfig, folder: Path) -> T
     return TokenizerReport(processor.get_piece_size(), num_bytes / tokens, len(texts))
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files of a tokenizer folder that make the tokenizer, none of them code; others are left alone.
+
+    Raises:
+        DataError: one is no regular file, or JSON that nothing should try to read.
+    """
+    files = [path for name in _FILES if os.path.lexists(path := Path(folder) / name)]
+    for path in files:
+        try:
+            read_json_object(path) if path.suffix == ".json" else read_regular(path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: unreadable: {error}") from error
+    return files
+
+
 def load_sentencepiece(folder: Path) -> SentencePieceProcessor:
     """Open the sentencepiece model of a tokenizer folder.
 
@@ -107,11 +133,10 @@ def load_sentencepiece(folder: Path) -> SentencePieceProcessor:
         DataError: there is none, it can't be read, or transformers would not encode as it does.
     """
     path = Path(folder) / MODEL_FILE
-    try:
+    tokenizer_files(folder)
+    with foreign_errors(DataError, f"{path}: expected a sentencepiece model"):
         processor = SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{path}: expected a sentencepiece model, got {error}") from error
-    reason = _unfit(processor)
+        reason = _unfit(processor)
     if reason is not None:
         raise DataError(f"{path}: {reason}; train one by `python -m scripts.train_tokenizer`")
     return processor
@@ -245,10 +270,8 @@ def _check_round_trip(folder: Path, processor: SentencePieceProcessor, texts: li
     """Open `folder` as a user would and compare it with sentencepiece on `texts`; raise where they differ."""
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: expected a tokenizer that transformers opens, got {error}") from error
+    with foreign_errors(DataError, f"{folder}: expected a tokenizer that transformers opens"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if len(tokenizer) != processor.get_piece_size():
         raise DataError(
             f"{folder}: expected the {processor.get_piece_size()} pieces of {MODEL_FILE}, transformers opened "

@@ -4,10 +4,9 @@ import html
 import importlib.util
 import netrc
 import os
-import re
 import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,9 @@ from urllib.parse import urlsplit
 
 from training.config import TrackingConfig
 from training.errors import ConfigError
+from training.redaction import redact, redact_arguments
 from training.storage import disk_errors
 
-REDACTED = "[redacted]"
-# A "token" is a secret as the last word of a key alone: token_budget and eval_tokens are sizes.
-_SECRET_KEY = re.compile(
-    r"(^|_)(api_?keys?|access_?keys?|private_?keys?|secrets?|passwords?|passwd|credentials?)(_|$)|(^|_)token$"
-)
-_SECRET_VALUE = re.compile(
-    r"(?<![A-Za-z0-9])(hf_|sk-|gh[opsu]_|github_pat_|glpat-|AKIA|xox[a-z]-|wandb_v\d_)[A-Za-z0-9_-]{6,}"
-    r"|(?<=://)[^/@\s]+(?=@)"  # user and password of an address
-)
 _WANDB_SECONDS = 30.0
 _WANDB_OVERHEAD_SECONDS = 10.0  # wandb 0.31 waits this much longer than its init_timeout
 
@@ -93,7 +84,7 @@ class Trackers:
 
     def log_text(self, step: int, name: str, text: str) -> None:
         """Log a text, white space kept."""
-        page = f"<pre>{html.escape(text)}</pre>"
+        page = f"<pre>{html.escape(redact(text))}</pre>"
         if self._wandb:
             import wandb
 
@@ -152,7 +143,7 @@ def _open_wandb(config: TrackingConfig, out: Path, config_dict: Mapping[str, Any
 
     out.mkdir(parents=True, exist_ok=True)  # else wandb moves to the system's temporary folder
     options: dict[str, Any] = {
-        "project": config.wandb_project,
+        "project": redact(config.wandb_project),
         "dir": str(out),
         "id": run_id or secrets.token_hex(4),
         "config": redact(config_dict),
@@ -189,40 +180,3 @@ def _redacted_argv() -> Iterator[None]:
         yield
     finally:
         sys.argv = original
-
-
-def redact(value: Any, key: str = "") -> Any:
-    """Return a configuration value without its secrets: texts under telling keys, and parts that look like keys.
-
-    Args:
-        value: a mapping, a sequence, a text, a number or None.
-        key: the key under which it stands.
-    """
-    if isinstance(value, Mapping):
-        return {name: redact(item, str(name)) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(item, key) for item in value]
-    if value is None or isinstance(value, bool):
-        return value
-    if _is_secret_key(key):
-        return REDACTED
-    return _SECRET_VALUE.sub(REDACTED, value) if isinstance(value, str) else value
-
-
-def redact_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return a command line without its secrets, for `--key value` and `--key=value`."""
-    cleaned: list[str] = []
-    key = ""
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if argument.startswith("-") and equals:
-            cleaned.append(f"{name}={redact(value, name)}")
-        else:
-            cleaned.append(redact(argument, "" if argument.startswith("-") else key))
-        key = name if argument.startswith("-") and not equals else ""
-    return cleaned
-
-
-def _is_secret_key(key: str) -> bool:
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
-    return _SECRET_KEY.search(re.sub(r"[^a-z0-9]+", "_", words)) is not None

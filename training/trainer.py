@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from model import TransnormerForCausalLM
-from training.checkpoint import Content, clean_leftovers, load_trainer_state, restore_rng, save_checkpoint
+from training.checkpoint import Content, clean_leftovers, restore_rng, save_checkpoint
 from training.config import Config, config_dict
 from training.data import Batch, BatchOrder, Prepared, evaluation_batches, prepare, step_batch, without_labels
 from training.errors import ConfigError, DataError, NonFiniteError, ResourceError, RunError
@@ -28,12 +28,14 @@ from training.evaluation import Score, complete, score, stop_when
 from training.manifest import checkpoint_path, step_folders
 from training.metrics import EvaluationRecord, MetricsWriter, StepRecord, Throughput, flops_per_token, mfu, peak_flops
 from training.modelcard import model_card
+from training.modelfolder import check_model_folder
 from training.moments import check_names
 from training.nonfinite import non_finite_gradients, non_finite_weights
 from training.optim import build_optimizer, learning_rate, set_learning_rate
 from training.outcome import Ending, Interrupted, StopSignal
 from training.peers import START_SECONDS, Peers
 from training.progress import working
+from training.redaction import redact
 from training.setup import (
     check_out,
     checkpoint_activations,
@@ -45,10 +47,11 @@ from training.setup import (
     run_identity,
     use_cores,
 )
+from training.state import read_state
 from training.storage import disk_errors, remove_unfinished, replace_file
 from training.strategies import open_strategy
 from training.tensorfiles import TensorReader
-from training.tokenizer import load_tokenizer, token_byte_lengths
+from training.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_files
 from training.trackers import check_trackers, open_trackers
 
 _SMALLEST_SCALE = 1.0  # a loss scale below it can't help: the gradients themselves overflow float16
@@ -328,7 +331,8 @@ class Trainer:
             self._say(f"not resumed from: {message}")
         if checkpoint is None:
             return None, {}
-        state = load_trainer_state(checkpoint)
+        state = read_state(checkpoint)
+        check_model_folder(checkpoint / "model")
         current = run_identity(self.config, self.data.fingerprint, self.data.tokenizer_sha256)
         refuse_other_run(checkpoint, state["identity"], current, changed)
         return checkpoint, state
@@ -350,7 +354,8 @@ class Trainer:
             self._tidy()
             sign.touch()
         with disk_errors(self.out / "config.yaml"):
-            replace_file(self.out / "config.yaml", yaml.safe_dump(config_dict(self.config), sort_keys=False).encode())
+            plain = redact(config_dict(self.config))
+            replace_file(self.out / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
 
     def _tidy(self) -> None:
         """Remove what an earlier start of the run has left: parts of files, and how it ended, as it goes on now."""
@@ -384,7 +389,7 @@ class Trainer:
             if self.strategy.scaler is not None and state["scaler"] is not None:
                 self.strategy.scaler.load_state_dict(state["scaler"])
         self.step, self.tokens, self.skipped = (state[name] for name in ("step", "tokens", "skipped"))
-        self.dropped = state.get("dropped", 0)
+        self.dropped = state["dropped"]
         self.tracker_run_id = state["wandb_run_id"]
         self.saved = self.step
 
@@ -547,7 +552,7 @@ class Trainer:
     def _write_model(self, folder: Path) -> None:
         """What a transformers model folder holds beside the weights: configuration, code, tokenizer and card."""
         self.module.save_without_weights(folder)
-        for file in self.data.tokenizer_folder.iterdir():
+        for file in tokenizer_files(self.data.tokenizer_folder):
             shutil.copyfile(file, folder / file.name)
         card = model_card(self.config, self.module.config, self.step, self.tokens, self.out)
         (folder / "README.md").write_text(card, encoding="utf-8")
