@@ -17,20 +17,21 @@ def poisoned(self, batch):
     if WHAT == "weight":
         weight = self.module.lm_head.weight.detach()
         getattr(weight, "_local_tensor", weight)[0] = torch.nan
+    handles = []
+
+    def poison_gradient(module, inputs):
+        """FSDP2 and ZeRO-3 have the whole weight only while the module is at work."""
+        handles.append(module.weight.register_hook(lambda gradient: gradient * torch.nan))
+
     if WHAT == "loss":
-        handle = self.module.lm_head.register_forward_hook(lambda module, inputs, logits: logits * torch.nan)
-    else:
-        handle = self.module.lm_head.register_forward_pre_hook(poison_gradient)
+        handles.append(self.module.lm_head.register_forward_hook(lambda module, inputs, logits: logits * torch.nan))
+    if WHAT == "gradient":
+        handles.append(self.module.lm_head.register_forward_pre_hook(poison_gradient, prepend=True))
     try:
         return accumulate(self, batch)
     finally:
-        handle.remove()
-
-
-def poison_gradient(module, inputs):
-    """FSDP2 has the whole weight only while the module is at work."""
-    if WHAT == "gradient":
-        module.weight.register_hook(lambda gradient: gradient * torch.nan)
+        for handle in handles:
+            handle.remove()
 
 
 Trainer._accumulate_gradients = poisoned

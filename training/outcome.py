@@ -35,10 +35,9 @@ class Ending:
         ranks = (rank for rank in range(int(os.environ.get("WORLD_SIZE", "1"))) if rank not in lost)
         if self.out is None or int(os.environ.get("RANK", "0")) != next(ranks, 0):
             return
+        record = {"exit_code": code, "reason": redact(reason)}
         try:
-            replace_file(
-                self.out / "exit.json", (json.dumps({"exit_code": code, "reason": redact(reason)}) + "\n").encode()
-            )
+            replace_file(self.out / "exit.json", f"{json.dumps(record)}\n".encode())
         except OSError as error:  # the disk may be what failed; the exit code still tells
             print(f"{self.out / 'exit.json'}: not written: {error.strerror}", file=sys.stderr)
 

@@ -15,16 +15,9 @@ from model import TransnormerConfig, TransnormerForCausalLM
 from training.config import Config, config_dict
 from training.errors import CheckpointError, ConfigError
 from training.manifest import latest_checkpoint, list_checkpoints, verify_checkpoint
-from training.storage import refuse_links
+from training.storage import refuse_links, unfinished
 
-_RUN_FILES = (
-    ".lock",
-    "config.yaml",
-    "evaluations.jsonl",
-    "exit.json",
-    "loss.png",
-    "metrics.jsonl",
-)
+_RUN_FILES = ("config.yaml", "evaluations.jsonl", "exit.json", "loss.png", "metrics.jsonl")
 _RUN_FOLDERS = ("checkpoints", "tensorboard", "wandb")
 
 
@@ -35,7 +28,7 @@ def check_out(out: Path) -> None:
         raise ConfigError(f"--out: expected a folder, got {out}: {nearest} is a file")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"--out: {nearest} is not writable")
-    refuse_links(out, _RUN_FILES, _RUN_FOLDERS)
+    refuse_links(out, (".lock", *_RUN_FILES, *map(unfinished, _RUN_FILES)), _RUN_FOLDERS)
 
 
 def use_cores(device: torch.device, threads: int | None) -> None:
@@ -126,17 +119,15 @@ def run_identity(config: Config, data_fingerprint: str, tokenizer_sha256: str) -
 def refuse_other_run(
     checkpoint: Path, saved: dict[str, Any], current: dict[str, Any], changed: Iterable[str] = ()
 ) -> None:
-    """Compare two results of `run_identity`; a difference is a CheckpointError that names it, unless it is `changed`.
-
-    A checkpoint of an earlier version may lack a name.
-    """
-    unknown = set(changed) - set(current)
+    """Compare two results of `run_identity`; a difference that is not `changed` is a CheckpointError that names it."""
+    changed = set(changed)
+    unknown = changed - set(current)
     if unknown:
         raise ConfigError(f"--changed: expected names among {', '.join(current)}, got {', '.join(sorted(unknown))}")
-    for name in current.keys() & saved.keys() - set(changed):
-        if saved[name] != current[name]:
+    for name in (name for name in current if name not in changed):
+        if saved.get(name) != current[name]:
             raise CheckpointError(
-                f"{checkpoint}: {name} was {saved[name]!r}, is {current[name]!r}: that is another run; give another"
+                f"{checkpoint}: {name} was {saved.get(name)!r}, is {current[name]!r}: that is another run; give another"
                 f" --out, the settings it was started with, or --changed {name}"
             )
 

@@ -55,7 +55,7 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         OSError: it can't be written; the old content is there, and nothing partial beside it.
     """
-    temporary = _unfinished(path)
+    temporary = path.with_name(unfinished(path.name))
     try:
         temporary.write_bytes(content)
         sync(temporary)
@@ -68,11 +68,12 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def remove_unfinished(path: Path) -> None:
     """Remove what a `replace_file` that was killed has left beside `path`."""
-    _unfinished(path).unlink(missing_ok=True)
+    path.with_name(unfinished(path.name)).unlink(missing_ok=True)
 
 
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f".{path.name}.writing")
+def unfinished(name: str) -> str:
+    """Return the name of a file while `replace_file` writes it."""
+    return f".{name}.writing"
 
 
 def refuse_links(folder: Path, files: Iterable[str], folders: Iterable[str]) -> None:

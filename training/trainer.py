@@ -268,10 +268,11 @@ class Trainer:
         self.bar.close()
         if not self.main:
             return
-        with working("plotting the loss"):
-            from training.report import plot_runs
+        if (self.out / "metrics.jsonl").stat().st_size:
+            with working("plotting the loss"):
+                from training.report import plot_runs
 
-            plot_runs([self.out], self.out / "loss.png")
+                plot_runs([self.out], self.out / "loss.png")
         folder = self._step_folder() / "model"
         with working("opening the checkpoint with AutoModelForCausalLM.from_pretrained"):
             from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -456,19 +457,21 @@ class Trainer:
         raise NonFiniteError(text)
 
     def _not_finite(self, batch: Batch) -> str:
-        """Run the batch again to see in which process which weight or gradient is not finite."""
+        """See in which process which weight is not finite, or gradient, when the batch is run again."""
         self.peers.at(f"step {self.step + 1}: search for what is not finite", limit=START_SECONDS)
-        weights = non_finite_weights(self.module)
-        gradients = non_finite_gradients(self.module, lambda: self._accumulate_gradients(batch))
-        mine = [*(f"weight {name}" for name in weights), *(f"gradient of {name}" for name in gradients)]
-        found = {rank: names for rank, names in enumerate(self.processes.gather_objects(mine)) if names}
-        if not found:
+        everyone = self.processes.gather_objects
+        kind, found = "weight", everyone(non_finite_weights(self.module))
+        if not any(found):
+            gradients = non_finite_gradients(self.module, lambda: self._accumulate_gradients(batch))
+            kind, found = "gradient of", everyone(gradients)
+        if not any(found):
             return "weights are finite, and gradients too when the batch is run again"
-        more = "{} and {} more on rank {}"
-        return "not finite: " + ", ".join(
-            more.format(names[0], len(names) - 1, rank) if len(names) > 1 else f"{names[0]} on rank {rank}"
-            for rank, names in found.items()
-        )
+        texts = [
+            f"{kind} {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} on rank {rank}"
+            for rank, names in enumerate(found)
+            if names
+        ]
+        return f"not finite: {', '.join(texts)}"
 
     def _evaluation_shares(self) -> Iterator[dict[str, Tensor]]:
         """This process's validation batches; all have as many, and end early if any was asked to stop."""

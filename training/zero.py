@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,7 +73,8 @@ class Zero(Strategy):
     def update(self) -> tuple[bool, float | None]:
         """DeepSpeed clips here, and makes no update where the norm of the gradients is not finite."""
         self.model.step()
-        return self.model.was_step_applied(), float(self.model.get_global_grad_norm())
+        applied = self.model.was_step_applied()
+        return applied, float(self.model.get_global_grad_norm()) if applied else math.nan
 
     def discard(self) -> None:
         raise NotImplementedError("DeepSpeed has no way to drop gradients")

@@ -1,0 +1,107 @@
+"""Runs in which a number of one process is NaN: all stop before the update, and the rank is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fault_runs import Template, check_equal, lines
+from safetensors.torch import load_file
+
+from training.manifest import list_checkpoints, verify_checkpoint
+
+pytestmark = pytest.mark.faults
+STRATEGIES = ["ddp", "fsdp2", "zero2", "zero3"]
+
+
+@pytest.fixture
+def poisoned(template: Template, fault_arguments: list[str], tmp_path: Path):
+    """Start a run in which what POISON says becomes NaN; return its exit codes, what it said and its folder."""
+
+    def start(poison: str, *more: str, ranks: int = 2, name: str = "run") -> tuple[list[int | None], str, Path]:
+        out = tmp_path / name
+        argv = [*fault_arguments, "--checkpoint.every=2", "--import=tests.poison", f"--out={out}", *more]
+        workers = template.start(argv, tmp_path / f"{name}.log", ranks=ranks, POISON=poison)
+        return workers.wait(), workers.said(), out
+
+    return start
+
+
+def reason(out: Path) -> str:
+    record = json.loads((out / "exit.json").read_text())
+    assert record["exit_code"] == 5
+    return record["reason"]
+
+
+def steps(out: Path) -> list[int]:
+    for folder in list_checkpoints(out):
+        verify_checkpoint(folder)
+    return [int(folder.name[5:]) for folder in list_checkpoints(out)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nan_in_the_loss_of_one_rank(poisoned, strategy: str) -> None:
+    codes, said, out = poisoned("loss:1:4", f"--training.strategy={strategy}")
+    assert codes == [5, 5], said
+    assert reason(out).startswith("step 4: loss of rank 1 is nan")
+    assert "; no update was made; " in reason(out)
+    assert " on rank 1" in reason(out)
+    assert [line["step"] for line in lines(out / "metrics.jsonl")] == [1, 2, 3]
+    assert steps(out) == [2, 3]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nan_in_one_gradient_of_one_rank(poisoned, strategy: str) -> None:
+    codes, said, out = poisoned("gradient:1:4", f"--training.strategy={strategy}")
+    assert codes == [5, 5], said
+    assert reason(out).startswith("step 4: the gradient norm is nan; no update was made; ")
+    assert "not finite: gradient of lm_head.weight on rank 1" in reason(out)
+    assert steps(out) == [2, 3]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_nan_in_one_weight_of_one_rank(poisoned, strategy: str) -> None:
+    codes, said, out = poisoned("weight:1:4", f"--training.strategy={strategy}")
+    assert codes == [5, 5], said
+    assert "no update was made; not finite: weight lm_head.weight" in reason(out)
+    assert "on rank 1" in reason(out)
+    assert steps(out) == [2]  # the weights are not those of step 3 any more
+
+
+def test_the_weights_saved_are_those_of_the_last_good_step(poisoned) -> None:
+    codes, _, stopped = poisoned("loss:1:4")
+    assert codes == [5, 5]
+    codes, said, good = poisoned("loss:1:99", "--checkpoint.every=3", "--checkpoint.keep=9", name="good")
+    assert codes == [0, 0], said
+    place = "checkpoints/step_00000003/model/model.safetensors"
+    ours, theirs = load_file(stopped / place), load_file(good / place)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_batches_may_be_left_out_up_to_a_number(poisoned, strategy: str, what: str) -> None:
+    more = [f"--training.strategy={strategy}", "--training.skip_nonfinite=2"]
+    codes, said, out = poisoned(f"{what}:1:3,5", *more)
+    assert codes == [0, 0], said
+    records = lines(out / "metrics.jsonl")
+    assert [line["skipped"] for line in records] == [0, 0, 1, 1, 2, 2, 2, 2]
+    rates = [line["lr"] for line in records]
+    assert (rates[2], rates[4]) == (rates[3], rates[5])  # the rate goes on where it was
+    assert "batch left out, the 2. of at most 2" in said
+    codes, said, out = poisoned(f"{what}:1:3,5,7", *more, name="more")
+    assert codes == [5, 5], said
+    assert reason(out).startswith("step 7: ")
+
+
+def test_the_number_left_out_is_counted_across_starts(poisoned, template: Template, fault_arguments: list[str]) -> None:
+    assert poisoned("loss:0:3,5,7", "--training.skip_nonfinite=2", ranks=1)[0] == [5]
+    codes, said, out = poisoned("loss:0:7", "--training.skip_nonfinite=2", ranks=1)
+    assert codes == [5], said
+    assert reason(out).startswith("step 7: loss of rank 0 is nan")
+    codes, said, out = poisoned("loss:0:7", "--training.skip_nonfinite=3", ranks=1)
+    assert codes == [0], said
+    assert lines(out / "metrics.jsonl")[-1]["skipped"] == 3
+    whole = poisoned("loss:0:3,5,7", "--training.skip_nonfinite=3", ranks=1, name="whole")
+    assert whole[0] == [0]
+    check_equal(out, whole[2])
