@@ -205,10 +205,11 @@ class Trainer:
         with self.throughput.pause():
             total = score(self.module, self._evaluation_shares(), self.byte_lengths, self.strategy.autocast)
             nll, tokens, num_bytes = self.processes.gather(total).sum(0).tolist()
-            if not self.stopping:
-                self._report(Score(nll, int(tokens), int(num_bytes)))
-                self.evaluated = self.step
+            sample = None if self.stopping else self._sample()
             self._heed_signals()
+            if not self.stopping:
+                self._report(Score(nll, int(tokens), int(num_bytes)), sample)
+                self.evaluated = self.step
 
     def checkpoint_due(self) -> bool:
         """Whether the configuration asks for a checkpoint after this step."""
@@ -520,25 +521,10 @@ class Trainer:
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         self.bar.update()
 
-    def _report(self, result: Score) -> None:
-        self.peers.at(f"sample after step {self.step}", limit=START_SECONDS)
-        sample = self._sample()
-        if not self.main:
-            return
-        record = EvaluationRecord(self.step, self.tokens, result.loss, result.perplexity, result.bits_per_byte, sample)
-        self.metrics.write(record)
-        self.trackers.log(self.step, {"validation_loss": result.loss, "bits_per_byte": result.bits_per_byte})
-        self._say(
-            f"step {self.step}: validation loss {result.loss:.3f}, perplexity {result.perplexity:.1f},"
-            f" {result.bits_per_byte:.3f} bits per byte"
-        )
-        if sample is not None:
-            self.trackers.log_text(self.step, "sample", sample)
-            self._say("\n".join(f"  | {line}" for line in sample.splitlines()))
-
     def _sample(self) -> str | None:
         """Text by the model, from the main process, or from all where each holds a share of the weights."""
         options, together = self.config.training, self.strategy.generates_together
+        self.peers.at(f"sample after step {self.step}", limit=START_SECONDS)
         if not options.sample_prompt or not (self.main or together):
             return None
         with self.strategy.autocast():
@@ -551,6 +537,20 @@ class Trainer:
                 synced_gpus=together,
                 stopping_criteria=stop_when(lambda: self.stop.asked is not None),
             )
+
+    def _report(self, result: Score, sample: str | None) -> None:
+        if not self.main:
+            return
+        record = EvaluationRecord(self.step, self.tokens, result.loss, result.perplexity, result.bits_per_byte, sample)
+        self.metrics.write(record)
+        self.trackers.log(self.step, {"validation_loss": result.loss, "bits_per_byte": result.bits_per_byte})
+        self._say(
+            f"step {self.step}: validation loss {result.loss:.3f}, perplexity {result.perplexity:.1f},"
+            f" {result.bits_per_byte:.3f} bits per byte"
+        )
+        if sample is not None:
+            self.trackers.log_text(self.step, "sample", sample)
+            self._say("\n".join(f"  | {line}" for line in sample.splitlines()))
 
     def _write_model(self, folder: Path) -> None:
         """What a transformers model folder holds beside the weights: configuration, code, tokenizer and card."""
