@@ -104,17 +104,25 @@ class Workers:
         """Wait until `seen()`; return False where all ranks ended before."""
         deadline = time.monotonic() + seconds
         while None in self.poll():
-            if seen():
+            if _seen_soon(seen):
                 return True
             if time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
                 raise AssertionError(f"no end after {seconds} s: {self.said()}")
-            time.sleep(0.001)
         return bool(seen())
 
     def said(self) -> str:
         """Return what the ranks have printed."""
         return self.output.read_text(errors="replace")
+
+
+def _seen_soon(seen: Callable[[], Any]) -> bool:
+    """Look every millisecond, which is cheap, for as long as it takes to be worth asking for exit codes again."""
+    for _ in range(20):
+        if seen():
+            return True
+        time.sleep(0.001)
+    return False
 
 
 def write_corpus(path: Path, documents: int) -> None:

@@ -152,7 +152,7 @@ def test_every_moment_at_which_a_small_disk_is_full(
 ) -> None:
     """Before each start another part of the disk is taken, down to the last page."""
     pages = 1100 // 4
-    for turn, taken in enumerate(fault_generator.sample(range(20, pages), 30 if long_form else 4)):
+    for turn, taken in enumerate(fault_generator.sample(range(20, pages), 30 if long_form else 2)):
         out, ballast = small_disk / f"run{turn}", small_disk / "ballast"
         argv = [*fault_arguments, f"--out={out}"]
         ballast.write_bytes(bytes(4096 * taken))
