@@ -51,8 +51,11 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("sweep")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu`, with the reason, where there is no GPU."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip, with the reason, tests marked `long` without `--faults`, and those marked `gpu` where there is no GPU."""
+    for item in items:
+        if item.get_closest_marker("long") and not config.getoption("--faults"):
+            item.add_marker(pytest.mark.skip(reason="another short form of it runs: --faults runs all"))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -12,7 +12,6 @@ from fault_runs import Template, Workers, check_equal, lines
 pytestmark = pytest.mark.faults
 TIMEOUT = 6  # s; a process counts as dead after 5 s of silence even where something else says so too
 OPTIONS = [f"--training.peer_timeout={TIMEOUT}", "--training.steps=100000", "--training.eval_every=0"]
-STRATEGIES = ["ddp", "fsdp2", "zero3"]
 
 
 def start(template: Template, arguments: list[str], out: Path, *more: str, ranks: int = 2, **variables: str) -> Workers:
@@ -29,8 +28,17 @@ def wait_for_steps(workers: Workers, out: Path) -> None:
     assert workers.wait_for(lambda: path.exists() and len(path.read_bytes().splitlines()) > 3), workers.said()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("strategy", "victim"),
+    [
+        ("ddp", 0),
+        ("fsdp2", 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [("ddp", 1), ("fsdp2", 0), ("zero3", 0), ("zero3", 1)]
+        ),
+    ],
+)
 def test_a_process_that_is_killed_is_named(
     template: Template, fault_arguments: list[str], tmp_path: Path, strategy: str, victim: int
 ) -> None:
@@ -48,7 +56,7 @@ def test_a_process_that_is_killed_is_named(
     assert record["reason"].startswith(f"rank {victim} (process {workers.pids[victim]} on "), record
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_a_process_that_is_stopped_is_named(
     template: Template, fault_arguments: list[str], tmp_path: Path, ranks: int
 ) -> None:
@@ -68,7 +76,7 @@ def test_a_process_that_is_stopped_is_named(
         workers.kill()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_process_that_hangs_is_named(
     template: Template, fault_arguments: list[str], tmp_path: Path, rank: int
 ) -> None:

@@ -53,7 +53,7 @@ def test_a_signal_at_any_moment(
     began = time.monotonic()
     assert workers.wait() == [0] * ranks, workers.said()
     seconds = time.monotonic() - began
-    for number in range(20 if long_form else 3):
+    for number in range(20 if long_form else 2):
         out = tmp_path / f"run{number}"
         argv = [*options, f"--out={out}"]
         workers = template.start(argv, out.with_suffix(".log"), ranks=ranks)
@@ -71,22 +71,32 @@ def test_a_signal_at_any_moment(
         finish(template, argv, whole, out, ranks)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.fixture(scope="module")
+def whole(template: Template, fault_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without signals, on one process."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    workers = template.start([*fault_arguments, *OPTIONS, f"--out={out}"], out.with_suffix(".log"))
+    assert workers.wait() == [0], workers.said()
+    return out
+
+
+SIGNALS = [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("where", ["step 1: forward pass", "evaluation after step 5", "sample after", "checkpoint of"])
 def test_a_signal_at_certain_moments(
-    template: Template, fault_arguments: list[str], tmp_path: Path, where: str, number: signal.Signals
+    template: Template, fault_arguments: list[str], whole: Path, tmp_path: Path, where: str, number: signal.Signals
 ) -> None:
     """In the first step, while it evaluates, generates or saves."""
     out = tmp_path / "run"
     argv = [*fault_arguments, *OPTIONS, f"--out={out}", "--import=tests.signalled"]
     workers = template.start(argv, tmp_path / "log", SIGNAL=str(int(number)), SIGNAL_AT=where)
     check_stopped(workers, out, time.monotonic())
-    whole = tmp_path / "whole"
-    finish(template, [*fault_arguments, *OPTIONS, f"--out={whole}"], whole, whole, 1)
     finish(template, [*fault_arguments, *OPTIONS, f"--out={out}"], whole, out, 1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("where", ["preparing data", "building the model", "opening the run"])
 def test_a_signal_before_the_first_step(
     template: Template, fault_arguments: list[str], tmp_path: Path, where: str, number: signal.Signals

@@ -51,8 +51,14 @@ def check_same_tensors(out: Path, whole: Path, step: int) -> None:
             assert torch.allclose(mine[name], other[name], rtol=1e-4, atol=2e-5), name
 
 
-@pytest.mark.parametrize("micro", [1, 2])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("strategy", "micro"),
+    [
+        *((name, 1) for name in STRATEGIES),
+        ("fsdp2", 4),
+        *(pytest.param(name, 4, marks=pytest.mark.long) for name in ("ddp", "zero2", "zero3")),
+    ],
+)
 def test_two_processes_make_the_same_updates(
     template: Template, fault_arguments: list[str], whole: Path, tmp_path: Path, strategy: str, micro: int
 ) -> None:

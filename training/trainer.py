@@ -354,10 +354,11 @@ class Trainer:
             if step_folders(self.out) != self._present:  # by a run that has ended meanwhile
                 raise ConfigError(f"--out: {self.out} was changed by another run; start again to go on from there")
             self._tidy()
-            sign.touch()
         with disk_errors(self.out / "config.yaml"):
             plain = redact(config_dict(self.config))
             replace_file(self.out / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
+        with disk_errors(sign):
+            sign.touch()
 
     def _tidy(self) -> None:
         """Remove what an earlier start of the run has left: parts of files, and how it ended, as it goes on now."""

@@ -35,7 +35,7 @@ class Zero(Strategy):
             dist.init_process_group("gloo", timeout=LONGEST_WAIT)
         plugin = DeepSpeedPlugin(hf_ds_config=self._options())
         handlers = [InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
-        return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
+        return Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
 
     def _options(self) -> dict[str, Any]:
         options = {
