@@ -71,6 +71,22 @@ def test_two_processes_make_the_same_updates(
     assert f"2 x cpu by {strategy}" in workers.said()
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_all_compute_in_the_same_precision(
+    template: Template, fault_arguments: list[str], whole: Path, tmp_path: Path, strategy: str
+) -> None:
+    """The first loss has seen no gradient, whose sums round otherwise in parts."""
+    losses = []
+    for ranks, name in ((1, "ddp"), (2, strategy)):
+        out = tmp_path / str(ranks)
+        options = [f"--training.strategy={name}", "--training.precision=bf16", "--training.steps=1", f"--out={out}"]
+        workers = template.start([*fault_arguments, *options], tmp_path / "log", ranks=ranks)
+        assert workers.wait() == [0] * ranks, workers.said()
+        losses.append(lines(out / "metrics.jsonl")[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert losses[0] != pytest.approx(lines(whole / "metrics.jsonl")[0]["loss"], abs=1e-5)
+
+
 def test_four_processes_make_the_same_updates(
     template: Template, fault_arguments: list[str], whole: Path, tmp_path: Path
 ) -> None:

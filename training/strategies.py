@@ -135,7 +135,8 @@ class Strategy:
 
     def loss(self, **batch: Any) -> Tensor:
         """The loss of a micro-batch, in the run's precision."""
-        return self._called(**batch).loss
+        with self.autocast():  # accelerate sets it for DDP, but not for FSDP2
+            return self._called(**batch).loss
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         """The context of forward and backward pass of a micro-batch; with the `last` one gradients are averaged."""

@@ -59,6 +59,9 @@ class Zero(Strategy):
         self._zero = self.model.optimizer
         unset_hf_deepspeed_config()  # or transformers would spread every model that is opened later, as the last one is
 
+    def loss(self, **batch: Any) -> Tensor:
+        return self._called(**batch).loss  # DeepSpeed sets autocast, and warns of another one around it
+
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
         self.model.set_gradient_accumulation_boundary(last)
