@@ -1,16 +1,19 @@
 """Runs on one process and many, by DDP, FSDP2 and ZeRO: one batch, one gradient, one checkpoint format."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from fault_runs import Template, lines
+from fault_runs import ROOT, Template, lines
 from safetensors.torch import load_file
 
 from model import TransnormerForCausalLM
 from training.manifest import list_checkpoints, verify_checkpoint
 
+pytestmark = pytest.mark.faults
 STRATEGIES = ["ddp", "fsdp2", "zero2", "zero3"]
 
 
@@ -85,6 +88,17 @@ def test_all_compute_in_the_same_precision(
         losses.append(lines(out / "metrics.jsonl")[0]["loss"])
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)
     assert losses[0] != pytest.approx(lines(whole / "metrics.jsonl")[0]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "strategy", ["fsdp2", "zero3", *(pytest.param(name, marks=pytest.mark.long) for name in ("ddp", "zero2"))]
+)
+def test_the_launch_files_work(fault_arguments: list[str], tmp_path: Path, strategy: str) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file=configs/accelerate/{strategy}.yaml"]
+    run = ["--num_processes=2", "train.py", *fault_arguments, "--training.steps=2", f"--out={tmp_path / 'run'}"]
+    result = subprocess.run([*launch, *run], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert f"2 x cpu by {strategy}" in result.stderr
 
 
 def test_four_processes_make_the_same_updates(

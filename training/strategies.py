@@ -25,6 +25,7 @@ from training.processes import Processes
 from training.tensorfiles import Part, TensorReader
 
 LONGEST_WAIT = timedelta(days=1)  # of a collective; `training/peers.py` ends the wait for a lost process much earlier
+_LAUNCHED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_FIELDS")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -37,8 +38,8 @@ def resolve_strategy(asked: str) -> str:
         ConfigError: accelerate was launched with something that is not supported.
     """
     launched = _launched_strategy()
-    for name in ("FSDP", "DEEPSPEED"):
-        os.environ.pop(f"ACCELERATE_USE_{name}", None)  # the rest goes by the strategy alone
+    for name in [name for name in os.environ if name.startswith(_LAUNCHED)]:
+        del os.environ[name]  # the rest goes by the strategy alone
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     return "ddp" if alone else launched if asked == "auto" else asked
 
