@@ -123,7 +123,7 @@ def test_each_damage_of_each_file(
         DAMAGES[damage](out / "checkpoints" / NEWER / name, fault_generator)
         named = f"{NEWER}: holds step 4" if (name, damage) == ("manifest.json", "swap") else name
         check_noticed(out, named)
-        if long_form or number < 2:
+        if number < 2 or (long_form and number % 5 == 0):
             check_got_over(template, fault_arguments, out, whole, named)
         shutil.rmtree(out)
     print(f"{len(cases)} damages")

@@ -1,11 +1,14 @@
 """Runs in which a number of one process is NaN: all stop before the update, and the rank is named."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from fault_runs import Template, check_equal, lines
+from fault_runs import ROOT, Template, check_equal, lines
 from safetensors.torch import load_file
 
 from training.manifest import list_checkpoints, verify_checkpoint
@@ -117,3 +120,25 @@ def test_the_number_left_out_is_counted_across_starts(poisoned, template: Templa
     whole = poisoned("loss:0:3,5,7", "--training.skip_nonfinite=3", ranks=1, name="whole")
     assert whole[0] == [0]
     check_equal(out, whole[2])
+
+
+@pytest.mark.gpu
+def test_an_overflow_of_fp16_skips_the_step(fault_arguments: list[str], tmp_path: Path) -> None:
+    """The rate stays where it was, the loss scale is halved, and a run that goes on has it."""
+    out, environment = tmp_path / "run", {**os.environ, "POISON": "gradient:0:3,5"}
+    options = ["--training.precision=fp16", "--model.qk_norm=l2", "--checkpoint.every=4", f"--out={out}"]
+
+    def run(*more: str) -> None:
+        command = [sys.executable, "train.py", *fault_arguments, *options, *more]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+
+    run("--import=tests.poison", "--training.steps=4", "--checkpoint.keep=9")
+    state = json.loads((out / "checkpoints/step_00000004/trainer_state.json").read_text())
+    assert (state["skipped"], state["scaler"]["scale"]) == (1, 2.0**15)
+    run("--import=tests.poison")
+    records = lines(out / "metrics.jsonl")
+    assert [line["skipped"] for line in records] == [0, 0, 1, 1, 2, 2, 2, 2]
+    assert (records[2]["lr"], records[4]["lr"]) == (records[3]["lr"], records[5]["lr"])
+    state = json.loads((out / "checkpoints/step_00000008/trainer_state.json").read_text())
+    assert state["scaler"]["scale"] == 2.0**14

@@ -10,7 +10,9 @@ import torch
 from fault_runs import ROOT, Template, lines
 from safetensors.torch import load_file
 
-from model import TransnormerForCausalLM
+from model import TransnormerConfig, TransnormerForCausalLM
+from training.config import load_config
+from training.data import BatchOrder, collate, prepare
 from training.manifest import list_checkpoints, verify_checkpoint
 
 pytestmark = pytest.mark.faults
@@ -72,6 +74,46 @@ def test_two_processes_make_the_same_updates(
     check_same_losses(out, whole, ranks=2)
     check_same_tensors(out, whole, step=8)
     assert f"2 x cpu by {strategy}" in workers.said()
+
+
+def test_ragged_labels_make_the_same_update(template: Template, fault_arguments: list[str], tmp_path: Path) -> None:
+    """Every row counts by its labels, however rows are dealt out; some rows of each batch have none."""
+
+    def run(ranks: int, micro: int) -> Path:
+        out = tmp_path / f"{ranks}-{micro}"
+        options = ["--training.batch_size=16", f"--training.micro_batch_size={micro}", "--import=tests.ragged"]
+        workers = template.start([*fault_arguments, *options, f"--out={out}"], tmp_path / "log", ranks=ranks)
+        assert workers.wait() == [0] * ranks, workers.said()
+        return out
+
+    whole = run(1, 16)
+    for ranks, micro in ((1, 4), (1, 1), (2, 4), (4, 4), (4, 1)):
+        out = run(ranks, micro)
+        check_same_losses(out, whole, ranks)
+        check_same_tensors(out, whole, step=8)
+    assert lines(whole / "metrics.jsonl")[0]["loss"] == pytest.approx(first_loss(whole, fault_arguments), abs=1e-5)
+
+
+def first_loss(out: Path, arguments: list[str]) -> float:
+    """The loss of the first batch by the initial model, from sums over rows one at a time."""
+    config = load_config([*arguments, "--training.batch_size=16"]).config
+    data = prepare(config)
+    length = config.data.sequence_length
+    rows = BatchOrder(data.train.num_rows(length), 16, config.seed).rows(0)
+    torch.manual_seed(config.seed)
+    model = TransnormerForCausalLM(TransnormerConfig.from_pretrained(list_checkpoints(out)[-1] / "model")).eval()
+    nll, count, without = 0.0, 0, 0
+    for row in rows:
+        batch = collate(data.train, rows[rows == row], length, boundaries=True)
+        labels = batch["shift_labels"][0]
+        labels[: length if row % 8 == 0 else row * 7 % length] = -100
+        with torch.no_grad():
+            logits = model(batch["input_ids"], cu_seq_lens_q=batch["cu_seq_lens_q"]).logits[0]
+        nll += torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100).item()
+        count += int((labels >= 0).sum())
+        without += int((labels < 0).all())
+    assert without >= 1
+    return nll / count
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

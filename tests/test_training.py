@@ -387,11 +387,24 @@ def test_resume_is_refused_for_another_run_and_for_a_damaged_checkpoint(argument
     for option, name in (
         ("--model.qk_norm=l2", "model.qk_norm"),
         ("--seed=3", "seed"),
-        ("--training.batch_size=8", "batch_size"),
+        ("--training.batch_size=8", "training.batch_size"),
+        ("--optim.lr=0.5", "optim.lr"),
+        ("--optim.schedule=wsd", "optim.schedule"),
+        ("--data.token_budget=5000", "data.fingerprint"),
+        ("--tokenizer.vocab_size=330", "tokenizer.sha256"),
     ):
         AcceleratorState._reset_state(True)
         assert run(arguments, out, option, "--training.steps=9") == 4
         assert f"{name} was" in capsys.readouterr().err
+    AcceleratorState._reset_state(True)
+    assert run(arguments, out, "--changed=optim.rate") == 2
+    assert "--changed: expected names among seed, " in capsys.readouterr().err
+    AcceleratorState._reset_state(True)
+    resumed = [f"--resume={list_checkpoints(out)[0]}", "--optim.lr=0.5", "--changed=optim.lr"]
+    assert run(arguments, tmp_path / "changed", *resumed) == 0
+    AcceleratorState._reset_state(True)
+    assert run(arguments, out, "--optim.lr=0.5", "--optim.beta1=0.8", "--changed", "optim.lr") == 4
+    assert "optim.beta1 was 0.9, is 0.8" in capsys.readouterr().err
     AcceleratorState._reset_state(True)
     assert run(arguments, out, "--resume=never") == 2
     first, last = list_checkpoints(out)

@@ -32,6 +32,8 @@ def _import(name: str) -> None:
         raise ConfigError(f"--import: expected a module's name, as masks of masks.py or a.b of a/b.py, got {name!r}")
     try:
         importlib.import_module(name)
+    except SystemExit as error:
+        raise ConfigError(f"--import: expected {name!r} to go on, it ended the program with {error.code!r}") from error
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # of a module that this one imports

@@ -1,5 +1,6 @@
 """How a run ends: every failure becomes an exit code, one line for the user, and `OUT/exit.json`."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,14 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from training.errors import EXIT_SIGTERM, ResourceError, RunError
 from training.redaction import redact
-from training.storage import replace_file
+from training.storage import DISK_FULL, replace_file
 
 _DEAF_SECONDS = 5.0
 
@@ -39,11 +39,11 @@ class Ending:
         try:
             replace_file(self.out / "exit.json", f"{json.dumps(record)}\n".encode())
         except OSError as error:  # the disk may be what failed; the exit code still tells
-            print(f"{self.out / 'exit.json'}: not written: {error.strerror}", file=sys.stderr)
+            _say(f"{self.out / 'exit.json'}: not written: {error.strerror}")
 
     def end_now(self, error: RunError) -> None:
         """End the process from a thread, while the main thread waits for what will not come."""
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        _say(f"\nerror: {error}")
         self.write(error.exit_code, str(error), getattr(error, "lost", ()))
         os._exit(error.exit_code)
 
@@ -53,19 +53,33 @@ def exit_code_of(action: Callable[[Ending], Any]) -> int:
     ending = Ending()
     try:
         action(ending)
-        code, reason, lost = 0, "done", list[int]()
-    except RunError as error:
-        code, reason, lost = error.exit_code, str(error), getattr(error, "lost", [])
-        print(f"error: {error}" if code != EXIT_SIGTERM else reason, file=sys.stderr)
-    except MemoryError as error:
-        code, reason, lost = ResourceError.exit_code, f"out of memory: {error}", []
-        print(f"error: {reason}", file=sys.stderr)
     except BaseException as error:
-        notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
-        ending.write(1, f"{type(error).__name__}: {error}{notes}")
-        raise
-    ending.write(code, reason, lost)
-    return code
+        known = _run_error(error)
+        if known is None:
+            notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+            ending.write(1, f"{type(error).__name__}: {error}{notes}")
+            raise
+        _say(f"{known}" if known.exit_code == EXIT_SIGTERM else f"error: {known}")
+        ending.write(known.exit_code, str(known), getattr(known, "lost", ()))
+        return known.exit_code
+    ending.write(0, "done")
+    return 0
+
+
+def _run_error(error: BaseException) -> RunError | None:
+    """The reason for the user; full memory and full disks are reasons too, wherever they show."""
+    if isinstance(error, RunError):
+        return error
+    if isinstance(error, MemoryError):
+        return ResourceError(f"out of memory: {error}")
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return ResourceError(f"the disk, a quota or a file size limit is full: {error}")
+    return None
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the disk of the log may be what is full; the exit code still tells
+        print(text, file=sys.stderr, flush=True)
 
 
 class StopSignal:
@@ -78,7 +92,7 @@ class StopSignal:
         self.asked: str | None = None
         self.wait_for_step = False
 
-    @contextmanager
+    @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Take both signals as a wish to stop, until the block ends."""
         reading, writing = os.pipe()
@@ -107,6 +121,6 @@ class StopSignal:
             if not self.wait_for_step:
                 time.sleep(_DEAF_SECONDS)
                 if not self.wait_for_step:
-                    print(f"stopped by {self.asked} before the first step; there is nothing to save", file=sys.stderr)
+                    _say(f"stopped by {self.asked} before the first step; there is nothing to save")
                     os._exit(EXIT_SIGTERM)
         os.close(reading)

@@ -117,7 +117,7 @@ class Trainer:
         shape = model_config(self.config, self.data.vocab_size, special)
         self.peers.at("building the model", limit=START_SECONDS)
         torch.manual_seed(self.config.seed)
-        with self._working("building the model"):
+        with self._working("building the model"), self._memory_errors():
             self.module = TransnormerForCausalLM(shape)  # saved, evaluated and asked for samples
             self.module.to(self.strategy.device)
             if self.config.training.gradient_checkpointing:
@@ -163,13 +163,8 @@ class Trainer:
             self.next_batch = self._batch(self.step)
             if self.step >= total:
                 self._say(f"nothing to train: {self.step:,} steps are done, training.steps asks for {total:,}")
-            try:
+            with self._memory_errors():
                 yield
-            except torch.OutOfMemoryError as error:
-                raise ResourceError(
-                    f"out of memory on {self._device_name()} in step {self.step + 1}: {str(error).split('.')[0]};"
-                    " a smaller training.micro_batch_size or training.gradient_checkpointing takes less"
-                ) from error
 
     def train_step(self) -> None:
         """One update by one global batch; all processes stop before it if its loss or gradient is not finite."""
@@ -296,6 +291,19 @@ class Trainer:
 
     def _working(self, label: str) -> contextlib.AbstractContextManager[None]:
         return working(label) if self.main else contextlib.nullcontext()
+
+    @contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # torch has no kind of its own for the memory of a CPU
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            reason = str(error).partition("DefaultCPUAllocator: ")[2].partition(" Error code")[0] or str(error)
+            raise ResourceError(
+                f"out of memory on {self._device_name()}, {self.step} steps are done: {reason.split('. ')[0]}; a"
+                " smaller model or training.micro_batch_size, or training.gradient_checkpointing, takes less"
+            ) from error
 
     def _device_name(self) -> str:
         device = self.strategy.device
