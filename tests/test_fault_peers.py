@@ -89,7 +89,7 @@ def test_a_process_that_hangs_is_named(
     assert time.monotonic() - began < TIMEOUT + 5
     reason = exit_record(out)["reason"]
     assert reason.startswith(f"rank {rank} (process {workers.pids[rank]} on ")
-    assert reason.endswith("in step 5: forward pass, while others wait")
+    assert reason.endswith("in step 5: forward pass, while others wait; training.peer_timeout allows more")
 
 
 def test_before_the_first_step_a_process_may_take_longer(

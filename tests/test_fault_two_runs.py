@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState, GradientState
 from fault_runs import Template, Workers, check_equal, lines
 
 import train
-import training.trainer
+import training.folder
 from training.manifest import step_folders, verify_checkpoint
 from training.metrics import read_records
 
@@ -67,7 +67,7 @@ def test_a_run_that_ends_while_another_starts(
 ) -> None:
     """The other one has looked for checkpoints before; it must not go on from what it saw then."""
     out = tmp_path / "run"
-    argv, find = [*fault_arguments, f"--out={out}"], training.trainer.find_checkpoint
+    argv, find = [*fault_arguments, f"--out={out}"], training.folder.find_checkpoint
 
     def find_and_wait(*parts: Any) -> Any:
         found = find(*parts)
@@ -75,7 +75,7 @@ def test_a_run_that_ends_while_another_starts(
         assert first.wait() == [0], first.said()
         return found
 
-    monkeypatch.setattr(training.trainer, "find_checkpoint", find_and_wait)
+    monkeypatch.setattr(training.folder, "find_checkpoint", find_and_wait)
     try:
         assert train.main(argv) == 2
     finally:

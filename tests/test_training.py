@@ -351,6 +351,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(arguments, tmp_path, 
         ("--tokenizer.path=none", 3, "none/tokenizer.model"),
         ("--data.sequence_length=100000", 3, "expected at least 100001 train tokens"),
         ("--resume=none", 4, "none"),
+        ("--model.intermediate_size=1000000000000", 7, "out of memory on cpu, 0 steps are done: "),
     ],
 )
 def test_what_can_not_work_is_refused_before_anything_is_written(

@@ -1,4 +1,4 @@
-"""Where numbers stop being finite: the weights and gradients of this process that hold NaN or infinity."""
+"""Where numbers stop being finite: which weights and gradients of which process hold NaN or infinity."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,19 +8,35 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-
-def non_finite_weights(module: nn.Module) -> list[str]:
-    """Return the names of the parameters of which this process holds a value that is not finite."""
-    return [name for name, parameter in module.named_parameters() if not _is_finite(parameter)]
+from training.processes import Processes
 
 
-def non_finite_gradients(module: nn.Module, run: Callable[[], object]) -> list[str]:
-    """Return the names of the parameters whose gradient in this process is not finite, before any exchange.
+def find_non_finite(module: nn.Module, run: Callable[[], object], processes: Processes) -> str:
+    """Say in which process which weight is not finite, or gradient before any exchange; for all processes at once.
 
     Args:
         module: the model without wrapping.
         run: forward and backward passes over this process's micro-batches; gradients are added to.
+        processes: those of the run.
     """
+    kind, found = "weight", processes.gather_objects(_weights(module))
+    if not any(found):
+        kind, found = "gradient of", processes.gather_objects(_gradients(module, run))
+    if not any(found):
+        return "weights are finite, and gradients too when the batch is run again"
+    texts = [
+        f"{kind} {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} on rank {rank}"
+        for rank, names in enumerate(found)
+        if names
+    ]
+    return f"not finite: {', '.join(texts)}"
+
+
+def _weights(module: nn.Module) -> list[str]:
+    return [name for name, parameter in module.named_parameters() if not _is_finite(parameter)]
+
+
+def _gradients(module: nn.Module, run: Callable[[], object]) -> list[str]:
     found: dict[str, None] = {}
     with _watched_gradients(module, found):
         run()

@@ -23,6 +23,7 @@ from training.processes import Processes
 _INTERVAL = 0.5  # s between two signs of life
 _SILENT = 5.0  # s without a sign after which a process is dead, where something else says so too
 START_SECONDS = 1800.0  # that a process may take for one thing until the first step of a start is done, or to save
+_HINT = "; training.peer_timeout allows more"
 
 
 @dataclass
@@ -83,6 +84,9 @@ class Peers:
             yield
             return
         self._store = _connect()
+        for rank, place in enumerate(self.processes.gather_objects(_place())):
+            if rank != self.processes.rank:
+                self._seen[rank].place = place
         self._running = True
         exchange = threading.Thread(target=self._exchange, daemon=True)
         exchange.start()
@@ -169,9 +173,10 @@ class Peers:
         one = next(iter(behind.values()))
         waited = f"{now - one.since:.0f} s in {one.what}"
         if len(behind) == len(busy):
-            return PeerError(f"all processes have been {waited}")
+            return PeerError(f"all processes have been {waited}{_HINT}")
         names = ", ".join(seen.name(r) for r, seen in behind.items())
-        return PeerError(f"{names} stuck for {waited}, while others wait", [r for r in behind if r != rank])
+        text = f"{names} stuck for {waited}, while others wait{_HINT}"
+        return PeerError(text, [r for r in behind if r != rank])
 
     def _find_cause(self) -> PeerError | None:
         """After an error in this process: the process that is gone, if one is."""

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import secrets
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,42 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from model import TransnormerForCausalLM
-from training.checkpoint import Content, clean_leftovers, restore_rng, save_checkpoint
+from training.checkpoint import Content, restore_rng, save_checkpoint
 from training.config import Config, config_dict
 from training.data import Batch, BatchOrder, Prepared, evaluation_batches, prepare, step_batch, without_labels
 from training.errors import ConfigError, DataError, NonFiniteError, ResourceError, RunError
 from training.evaluation import Score, complete, score, stop_when
-from training.manifest import checkpoint_path, step_folders
+from training.folder import RunFolder
+from training.manifest import checkpoint_path
 from training.metrics import EvaluationRecord, MetricsWriter, StepRecord, Throughput, flops_per_token, mfu, peak_flops
 from training.modelcard import model_card
-from training.modelfolder import check_model_folder
 from training.moments import check_names
-from training.nonfinite import non_finite_gradients, non_finite_weights
+from training.nonfinite import find_non_finite
 from training.optim import build_optimizer, learning_rate, set_learning_rate
 from training.outcome import Ending, Interrupted, StopSignal
 from training.peers import START_SECONDS, Peers
 from training.progress import working
-from training.redaction import redact
 from training.setup import (
     check_out,
     checkpoint_activations,
     config_hash,
     count_micro_batches,
-    find_checkpoint,
     model_config,
-    refuse_other_run,
     run_identity,
     use_cores,
 )
-from training.state import read_state
-from training.storage import disk_errors, remove_unfinished, replace_file
 from training.strategies import open_strategy
 from training.tensorfiles import TensorReader
 from training.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_files
@@ -141,13 +133,12 @@ class Trainer:
         """
         self.peers.at("opening the run", limit=START_SECONDS)
         together, everyone = self.processes.together, self.processes.gather_objects
+        folder = RunFolder(self.out, self.processes)
         with contextlib.ExitStack() as stack:
-            checkpoint, state = everyone(together(lambda: self._find(resume, changed)))[0]
-            sign = self.out / f".shared-{everyone(secrets.token_hex(4))[0]}"
-            together(lambda: self._claim_folder(stack, sign))
-            together(lambda: self._see_folder(sign))
-            if self.main:
-                sign.unlink(missing_ok=True)
+            checkpoint, state, passed_over = folder.find(resume, self._identity(), changed)
+            for message in passed_over:
+                self._say(f"not resumed from: {message}")
+            folder.claim(stack, self.config)
             self.ending.out = self.out
             together(lambda: self._load_weights(checkpoint))
             self.strategy.prepare(self.module, self.optimizer)
@@ -331,55 +322,8 @@ class Trainer:
                     f"rank {rank}: {name} is {other}, that of rank 0 is {values[0]}; expected the same everywhere"
                 )
 
-    def _find(self, resume: str, changed: Iterable[str]) -> tuple[Path | None, dict[str, Any]]:
-        """The checkpoint to go on from and the state it holds; the main process looks, for all."""
-        if not self.main:
-            return None, {}
-        self._present = step_folders(self.out)
-        checkpoint, passed_over = find_checkpoint(self.out, resume)
-        for message in passed_over:
-            self._say(f"not resumed from: {message}")
-        if checkpoint is None:
-            return None, {}
-        state = read_state(checkpoint)
-        check_model_folder(checkpoint / "model")
-        current = run_identity(self.config, self.data.fingerprint, self.data.tokenizer_sha256)
-        refuse_other_run(checkpoint, state["identity"], current, changed)
-        return checkpoint, state
-
-    def _claim_folder(self, stack: contextlib.ExitStack, sign: Path) -> None:
-        """Take the run's folder for this run alone, and leave a sign there for the other processes."""
-        if not self.main:
-            return
-        with disk_errors(self.out):
-            self.out.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.out / ".lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise ConfigError(f"--out: {self.out} is in use by another run") from None
-            stack.callback(lock.release)
-            if step_folders(self.out) != self._present:  # by a run that has ended meanwhile
-                raise ConfigError(f"--out: {self.out} was changed by another run; start again to go on from there")
-            self._tidy()
-        with disk_errors(self.out / "config.yaml"):
-            plain = redact(config_dict(self.config))
-            replace_file(self.out / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
-        with disk_errors(sign):
-            sign.touch()
-
-    def _tidy(self) -> None:
-        """Remove what an earlier start of the run has left: parts of files, and how it ended, as it goes on now."""
-        clean_leftovers(self.out)
-        for name in ("exit.json", "loss.png", "config.yaml"):
-            remove_unfinished(self.out / name)
-        for sign in self.out.glob(".shared-*"):
-            sign.unlink()
-        (self.out / "exit.json").unlink(missing_ok=True)
-
-    def _see_folder(self, sign: Path) -> None:
-        if not sign.exists():
-            raise ConfigError(f"--out: expected {self.out} to be one folder for all processes, got another one here")
+    def _identity(self) -> dict[str, Any]:
+        return run_identity(self.config, self.data.fingerprint, self.data.tokenizer_sha256)
 
     def _load_weights(self, checkpoint: Path | None) -> None:
         if checkpoint is None:
@@ -456,7 +400,9 @@ class Trainer:
         """Leave out a batch that is not finite, if the configuration allows it, or end the run before the update."""
         wrong = [f"loss of rank {rank} is {loss}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         wrong += [] if math.isfinite(grad_norm) else [f"the gradient norm is {grad_norm}"]
-        text = f"step {self.step + 1}: {' and '.join(wrong)}; no update was made; {self._not_finite(batch)}"
+        self.peers.at(f"step {self.step + 1}: search for what is not finite", limit=START_SECONDS)
+        found = find_non_finite(self.module, lambda: self._accumulate_gradients(batch), self.processes)
+        text = f"step {self.step + 1}: {' and '.join(wrong)}; no update was made; {found}"
         if self.dropped < self.config.training.skip_nonfinite:
             self.strategy.discard()
             self.dropped += 1
@@ -465,23 +411,6 @@ class Trainer:
         if self.saved != self.step > 0 and all(self.processes.gather_objects(self.strategy.holds_finite_weights())):
             text += f"; checkpoint of the step before: {self.save(keep=0)}"
         raise NonFiniteError(text)
-
-    def _not_finite(self, batch: Batch) -> str:
-        """See in which process which weight is not finite, or gradient, when the batch is run again."""
-        self.peers.at(f"step {self.step + 1}: search for what is not finite", limit=START_SECONDS)
-        everyone = self.processes.gather_objects
-        kind, found = "weight", everyone(non_finite_weights(self.module))
-        if not any(found):
-            gradients = non_finite_gradients(self.module, lambda: self._accumulate_gradients(batch))
-            kind, found = "gradient of", everyone(gradients)
-        if not any(found):
-            return "weights are finite, and gradients too when the batch is run again"
-        texts = [
-            f"{kind} {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} on rank {rank}"
-            for rank, names in enumerate(found)
-            if names
-        ]
-        return f"not finite: {', '.join(texts)}"
 
     def _evaluation_shares(self) -> Iterator[dict[str, Tensor]]:
         """This process's validation batches; all have as many, and end early if any was asked to stop."""
@@ -578,5 +507,5 @@ class Trainer:
             "dropped": self.dropped,
             "scaler": None if scaler is None else scaler.state_dict(),
             "wandb_run_id": self.trackers.run_id if self.main else None,
-            "identity": run_identity(self.config, self.data.fingerprint, self.data.tokenizer_sha256),
+            "identity": self._identity(),
         }
