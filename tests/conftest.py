@@ -76,9 +76,10 @@ def template() -> Iterator["Template"]:
 @pytest.fixture(scope="session")
 def fault_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The command line of a run that takes a second; its tokens are cached by the first."""
-    from fault_runs import small_run
+    from small_run import small_run
 
-    return small_run(tmp_path_factory.mktemp("corpus"))
+    folder = tmp_path_factory.mktemp("corpus")
+    return [*small_run(folder, steps=8, batch_size=8, eval_every=4), "--checkpoint.every=4"]
 
 
 @pytest.fixture

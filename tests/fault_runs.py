@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-WORDS = ["def", "return", "self", "if", "else", "for", "in", "value", "=", "==", "(", ")", ":", "None", "x", "0"]
 
 
 class Template:
@@ -123,42 +122,6 @@ def _seen_soon(seen: Callable[[], Any]) -> bool:
             return True
         time.sleep(0.001)
     return False
-
-
-def write_corpus(path: Path, documents: int) -> None:
-    """Write a jsonl file of short texts, always the same."""
-    generator = random.Random(0)
-    texts = [" ".join(generator.choices(WORDS, k=generator.randint(5, 120))) for _ in range(documents)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-
-def small_run(folder: Path) -> list[str]:
-    """Write a corpus of 300 documents into `folder`; return the command line of a run over it that takes a second."""
-    write_corpus(folder / "corpus.jsonl", 300)
-    config = {
-        "model.hidden_size": 32,
-        "model.intermediate_size": 48,
-        "model.num_hidden_layers": 2,
-        "model.num_attention_heads": 2,
-        "tokenizer.vocab_size": 320,
-        "data.corpus": "jsonl",
-        "data.paths": json.dumps([str(folder / "corpus.jsonl")]),
-        "data.validation_share": 0.1,
-        "data.sequence_length": 64,
-        "data.cache_dir": folder / "cache",
-        "optim.warmup_steps": 2,
-        "optim.lr": 0.01,
-        "optim.min_lr": 0.001,
-        "training.cpu_threads": 1,
-        "training.steps": 8,
-        "training.batch_size": 8,
-        "training.micro_batch_size": 4,
-        "training.eval_every": 4,
-        "training.eval_tokens": 512,
-        "training.sample_tokens": 4,
-        "checkpoint.every": 4,
-    }
-    return [f"--{key}={value}" for key, value in config.items()]
 
 
 def lines(path: Path, *without: str) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pickle
-import random
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from small_run import small_run
 
 import train
 from scripts import evaluate, generate, verify_checkpoint
@@ -29,7 +29,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "verify": verify_checkpoint.main,
 }
 DEEP = '{"a":' * 100_000
-_WORDS = ("def", "return", "self", "if", "else", "for", "in", "value", "=", "==", "(", ")", ":", "None", "x", "y", "0")
 
 
 class Result(NamedTuple):
@@ -75,35 +74,6 @@ def call_apart(calls: Sequence[Sequence[object]]) -> tuple[list[Result], float]:
     return [Result(*result) for result in results], kilobytes * 1024
 
 
-def run_arguments(folder: Path) -> list[str]:
-    """Write a corpus and return the command line of a run over it that takes a second."""
-    generator = random.Random(0)
-    with (folder / "corpus.jsonl").open("w") as file:
-        for _ in range(300):
-            text = " ".join(generator.choices(_WORDS, k=generator.randint(5, 120)))
-            file.write(json.dumps({"text": text}) + "\n")
-    config = {
-        "model.hidden_size": 32,
-        "model.intermediate_size": 48,
-        "model.num_hidden_layers": 2,
-        "model.num_attention_heads": 2,
-        "tokenizer.vocab_size": 320,
-        "data.corpus": "jsonl",
-        "data.paths": json.dumps([str(folder / "corpus.jsonl")]),
-        "data.validation_share": 0.1,
-        "data.sequence_length": 64,
-        "data.cache_dir": folder / "cache",
-        "training.cpu_threads": 1,
-        "training.steps": 2,
-        "training.batch_size": 4,
-        "training.micro_batch_size": 4,
-        "training.eval_every": 0,
-        "training.eval_tokens": 512,
-        "training.sample_tokens": 4,
-    }
-    return [f"--{key}={value}" for key, value in config.items()]
-
-
 class Made(NamedTuple):
     """A finished run: its folder, the checkpoint in it, and the command line that made it, without --out."""
 
@@ -118,7 +88,7 @@ class Made(NamedTuple):
 
 def make_run(folder: Path) -> Made:
     """Train for two steps."""
-    arguments = run_arguments(folder)
+    arguments = small_run(folder, steps=2)
     result = call("train", *arguments, f"--out={folder / 'run'}")
     assert result.code == 0, result.err
     return Made(folder / "run", folder / "run" / "checkpoints" / "step_00000002", arguments)

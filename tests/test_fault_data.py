@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from fault_runs import WORDS, Template, check_equal, leftovers, lines, write_corpus
+from fault_runs import Template, check_equal, leftovers, lines
+from small_run import WORDS, write_corpus
 
 pytestmark = pytest.mark.faults
 

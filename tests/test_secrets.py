@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from hostile_cases import ROOT, run_arguments
+from hostile_cases import ROOT
+from small_run import small_run
 
 import train
 from training.redaction import REDACTED, redact
@@ -48,7 +49,7 @@ def test_canaries_of_a_run_are_in_none_of_its_files(tmp_path: Path) -> None:
     (tmp_path / "net").write_text("")
     out = tmp_path / "run"
     arguments = [
-        *run_arguments(corpus),
+        *small_run(corpus, steps=2),
         f"--out={out}",
         "--tracking.wandb=offline",
         "--tracking.tensorboard=true",

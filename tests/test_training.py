@@ -1,7 +1,6 @@
 """Whole runs of `train.py` on a small corpus: results, resume to the bit, signals, exit codes."""
 
 import json
-import random
 import re
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from small_run import small_run
 
 import train
 from model import masks_transnormer, register_mask
@@ -38,54 +38,7 @@ METRICS = [
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory) -> list[str]:
     """A command line of a run that takes a second, over a corpus whose tokens are cached."""
-    folder = tmp_path_factory.mktemp("corpus")
-    generator = random.Random(0)
-    words = [
-        "def",
-        "return",
-        "self",
-        "if",
-        "else",
-        "for",
-        "in",
-        "value",
-        "=",
-        "==",
-        "(",
-        ")",
-        ":",
-        "None",
-        "x",
-        "y",
-        "0",
-    ]
-    with (folder / "corpus.jsonl").open("w") as file:
-        for _ in range(300):
-            text = " ".join(generator.choices(words, k=generator.randint(5, 120)))
-            file.write(json.dumps({"text": text}) + "\n")
-    config = {
-        "model.hidden_size": 32,
-        "model.intermediate_size": 48,
-        "model.num_hidden_layers": 2,
-        "model.num_attention_heads": 2,
-        "tokenizer.vocab_size": 320,
-        "data.corpus": "jsonl",
-        "data.paths": json.dumps([str(folder / "corpus.jsonl")]),
-        "data.validation_share": 0.1,
-        "data.sequence_length": 64,
-        "data.cache_dir": folder / "cache",
-        "optim.warmup_steps": 2,
-        "optim.lr": 0.01,
-        "optim.min_lr": 0.001,
-        "training.cpu_threads": 1,
-        "training.steps": 6,
-        "training.batch_size": 4,
-        "training.micro_batch_size": 4,
-        "training.eval_every": 0,
-        "training.eval_tokens": 512,
-        "training.sample_tokens": 4,
-    }
-    return [f"--{key}={value}" for key, value in config.items()]
+    return small_run(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(autouse=True)
