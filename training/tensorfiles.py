@@ -33,11 +33,6 @@ class Part(NamedTuple):
         return self.shape.numel() * self.dtype.itemsize
 
 
-def whole_part(tensor: Tensor) -> Part:
-    """A tensor that each process has whole."""
-    return Part(tensor.shape, tensor.dtype, lambda: tensor)
-
-
 def plan_files(parts: dict[str, Part], stem: str, max_bytes: int) -> dict[str, list[str]]:
     """Return the names of the tensors of each file: in order, as many as fit, at least one."""
     groups: list[list[str]] = [[]]
