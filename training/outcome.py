@@ -103,8 +103,8 @@ class StopSignal:
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number, handler in before.items():  # a second signal must not break into the end of the process
+                signal.signal(number, signal.SIG_IGN if self.asked else handler)
             signal.set_wakeup_fd(before_fd)
             os.close(writing)  # ends the thread
 
