@@ -14,7 +14,7 @@ from training.progress import working
 
 def train(run: Run, ending: Ending) -> None:
     """The whole run; every step is a method of the trainer."""
-    stop = StopSignal()
+    stop, ending.asked = StopSignal(), run.out
     with stop.listening():
         with working("loading torch, transformers and accelerate"):
             from training.trainer import Trainer

@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_good(folder: Path) -> bool:
+    if (folder / "checkpoints").is_dir():
+        print(f"{folder}: BAD: a run, expected a checkpoint; --all {folder} checks those of the run", flush=True)
+        return False
     try:
         manifest = verify_checkpoint(folder)
     except CheckpointError as error:

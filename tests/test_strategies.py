@@ -194,7 +194,7 @@ def test_a_sharded_checkpoint_opens_with_transformers(
         (["--training.micro_batch_size=3"], "training.micro_batch_size: expected a divisor of 4"),
         (
             ["--training.strategy=zero2", "--training.skip_nonfinite=1"],
-            "skip_nonfinite: expected 0 with zero2, got 1",
+            "training.skip_nonfinite: expected 0, got 1: zero2",
         ),
     ],
 )

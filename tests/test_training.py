@@ -351,8 +351,11 @@ def test_resume_is_refused_for_another_run_and_for_a_damaged_checkpoint(argument
         assert run(arguments, out, option, "--training.steps=9") == 4
         assert f"{name} was" in capsys.readouterr().err
     AcceleratorState._reset_state(True)
-    assert run(arguments, out, "--changed=optim.rate") == 2
-    assert "--changed: expected names among seed, " in capsys.readouterr().err
+    assert run(arguments, out, "--changed=lr") == 2
+    assert (
+        "--changed: no setting lr is compared with the checkpoint's; did you mean optim.lr?" in capsys.readouterr().err
+    )
+    assert exit_record(out)["exit_code"] == 2  # not how the run ended before
     AcceleratorState._reset_state(True)
     resumed = [f"--resume={list_checkpoints(out)[0]}", "--optim.lr=0.5", "--changed=optim.lr"]
     assert run(arguments, tmp_path / "changed", *resumed) == 0

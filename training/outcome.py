@@ -12,9 +12,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from training.errors import EXIT_SIGTERM, ResourceError, RunError
+from filelock import FileLock, Timeout
+
+from training.errors import EXIT_SIGTERM, ConfigError, ResourceError, RunError
 from training.redaction import redact
-from training.storage import DISK_FULL, replace_file
+from training.storage import DISK_FULL, refuse_links, replace_file, unfinished
 
 _DEAF_SECONDS = 5.0
 
@@ -26,26 +28,47 @@ class Interrupted(RunError):
 
 
 class Ending:
-    """Where `exit.json` says how a run ended: `out` is set once the run's folder is its own, and no other run's."""
+    """Where `exit.json` says how a run ended.
 
+    Attributes:
+        asked: the folder that the command line names; a refused start says so there if it is that of an idle run.
+        out: the same, set once it is this run's own, and no other run's.
+    """
+
+    asked: Path | None = None
     out: Path | None = None
 
     def write(self, code: int, reason: str, lost: Sequence[int] = ()) -> None:
         """Write `exit.json` in one piece, from the first process that is not lost."""
         ranks = (rank for rank in range(int(os.environ.get("WORLD_SIZE", "1"))) if rank not in lost)
-        if self.out is None or int(os.environ.get("RANK", "0")) != next(ranks, 0):
+        if int(os.environ.get("RANK", "0")) != next(ranks, 0):
+            return
+        out = self.out or _idle_run(self.asked)
+        if out is None:
             return
         record = {"exit_code": code, "reason": redact(reason)}
         try:
-            replace_file(self.out / "exit.json", f"{json.dumps(record)}\n".encode())
+            replace_file(out / "exit.json", f"{json.dumps(record)}\n".encode())
         except OSError as error:  # the disk may be what failed; the exit code still tells
-            _say(f"{self.out / 'exit.json'}: not written: {error.strerror}")
+            _say(f"{out / 'exit.json'}: not written: {error.strerror}")
 
     def end_now(self, error: RunError) -> None:
         """End the process from a thread, while the main thread waits for what will not come."""
         _say(f"\nerror: {error}")
         self.write(error.exit_code, str(error), getattr(error, "lost", ()))
         os._exit(error.exit_code)
+
+
+def _idle_run(folder: Path | None) -> Path | None:
+    """The folder, if it is a run's and no process has taken it."""
+    if folder is None or not (folder / ".lock").is_file():
+        return None
+    try:
+        refuse_links(folder, (".lock", "exit.json", unfinished("exit.json")), ())
+        with FileLock(folder / ".lock", timeout=0):
+            return folder
+    except (ConfigError, Timeout, OSError):
+        return None
 
 
 def exit_code_of(action: Callable[[Ending], Any]) -> int:

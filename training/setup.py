@@ -34,7 +34,14 @@ def check_out(out: Path) -> None:
 def use_cores(device: torch.device, threads: int | None) -> None:
     """Compute on a CPU with so many threads; None for this process's share of the cores."""
     if device.type == "cpu":
-        torch.set_num_threads(threads or _share_of_cores())
+        torch.set_num_threads(threads or _asked_threads() or _share_of_cores())
+
+
+def _asked_threads() -> int | None:
+    """OMP_NUM_THREADS of a process that was started by itself: launchers set it to 1, whatever there is."""
+    launched = any(name in os.environ for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"))
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 and not launched else None
 
 
 def _share_of_cores() -> int:
@@ -123,7 +130,10 @@ def refuse_other_run(
     changed = set(changed)
     unknown = changed - set(current)
     if unknown:
-        raise ConfigError(f"--changed: expected names among {', '.join(current)}, got {', '.join(sorted(unknown))}")
+        name = min(unknown)
+        near = [known for known in current if known.rpartition(".")[2] == name.rpartition(".")[2]]
+        hint = f"; did you mean {near[0]}?" if near else f"; it can be {', '.join(current)}"
+        raise ConfigError(f"--changed: no setting {name} is compared with the checkpoint's{hint}")
     for name in (name for name in current if name not in changed):
         if saved.get(name) != current[name]:
             raise CheckpointError(

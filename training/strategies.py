@@ -241,6 +241,7 @@ def open_strategy(config: Config) -> Strategy:
         return FullySharded(config, precision)
     from training.zero import Zero
 
-    if config.training.skip_nonfinite:
-        raise ConfigError(f"training.skip_nonfinite: expected 0 with {name}, got {config.training.skip_nonfinite}")
+    asked = config.training.skip_nonfinite
+    if asked:
+        raise ConfigError(f"training.skip_nonfinite: expected 0, got {asked}: {name} can't drop a batch's gradients")
     return Zero(config, precision, stage=int(name[-1]))

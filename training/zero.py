@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +29,8 @@ class Zero(Strategy):
         self.stage, self.name = stage, f"zero{stage}"
         if importlib.util.find_spec("deepspeed") is None:
             raise ConfigError(f"{self.name}: deepspeed is not installed: pip install -e '.[deepspeed]'")
+        # DeepSpeed 0.19 calls what torch 2.13 has renamed, several times a step.
+        warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
         super().__init__(config, precision)
 
     def _open_accelerator(self, **plugins: Any) -> Accelerator:
