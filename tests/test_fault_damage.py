@@ -1,5 +1,6 @@
 """Checkpoints of a run in which anything was damaged: each damage is noticed, named, and got over."""
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -148,9 +149,12 @@ def test_without_a_whole_checkpoint_nothing_starts(
     out = shutil.copytree(whole, tmp_path / "run")
     for step in (OLDER, NEWER):
         (out / "checkpoints" / step / "optimizer.safetensors").unlink()
+    (out / "exit.json").unlink()
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     workers = template.start([*fault_arguments, f"--out={out}"], tmp_path / "log")
     assert workers.wait() == [4], workers.said()
     (error,) = (line for line in workers.said().splitlines() if line.startswith("error: "))
     assert all(f"{step}/optimizer.safetensors: missing" in error for step in (OLDER, NEWER))
+    assert json.loads((out / "exit.json").read_text())["exit_code"] == 4
+    (out / "exit.json").unlink()
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
