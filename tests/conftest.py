@@ -4,6 +4,7 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -80,6 +81,15 @@ def fault_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
     folder = tmp_path_factory.mktemp("corpus")
     return [*small_run(folder, steps=8, batch_size=8, eval_every=4), "--checkpoint.every=4"]
+
+
+@pytest.fixture(scope="module")
+def whole(template: "Template", fault_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without faults, which also makes the tokens; it has two checkpoints."""
+    folder = tmp_path_factory.mktemp("whole")
+    workers = template.start([*fault_arguments, f"--out={folder / 'run'}"], folder / "log")
+    assert workers.wait() == [0], workers.said()
+    return folder / "run"
 
 
 @pytest.fixture

@@ -19,15 +19,6 @@ pytestmark = pytest.mark.faults
 OLDER, NEWER = "step_00000004", "step_00000008"
 
 
-@pytest.fixture(scope="module")
-def whole(template: Template, fault_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with two checkpoints."""
-    folder = tmp_path_factory.mktemp("whole")
-    workers = template.start([*fault_arguments, f"--out={folder / 'run'}"], folder / "log")
-    assert workers.wait() == [0], workers.said()
-    return folder / "run"
-
-
 def flip(part: int) -> Callable[[Path, random.Random], None]:
     """Return what flips a bit in a third of a file: 0 the first, 2 the last."""
 

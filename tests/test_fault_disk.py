@@ -20,15 +20,6 @@ from training.trackers import open_trackers
 pytestmark = pytest.mark.faults
 
 
-@pytest.fixture(scope="module")
-def whole(template: Template, fault_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that is compared with, which also makes the tokens."""
-    folder = tmp_path_factory.mktemp("whole")
-    workers = template.start([*fault_arguments, f"--out={folder / 'run'}"], folder / "log")
-    assert workers.wait() == [0], workers.said()
-    return folder / "run"
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1.1 MB: room for one checkpoint and a half."""

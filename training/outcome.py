@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from training.errors import EXIT_SIGTERM, ConfigError, ResourceError, RunError
 from training.redaction import redact
-from training.storage import DISK_FULL, refuse_links, replace_file, unfinished
+from training.storage import DISK_FULL, full_disk, refuse_links, replace_file, unfinished
 
 _DEAF_SECONDS = 5.0
 
@@ -96,7 +96,7 @@ def _run_error(error: BaseException) -> RunError | None:
     if isinstance(error, MemoryError):
         return ResourceError(f"out of memory: {error}")
     if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return ResourceError(f"the disk, a quota or a file size limit is full: {error}")
+        return full_disk(error.filename or "output", error)
     return None
 
 

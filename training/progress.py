@@ -10,8 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from training.errors import DataError, ResourceError, RunError
-from training.storage import DISK_FULL, error_number, sync
+from training.errors import DataError, RunError
+from training.storage import DISK_FULL, error_number, full_disk, sync
 
 
 @contextmanager
@@ -71,8 +71,7 @@ def build_once(folder: Path, label: str, build: Callable[[Path], object]) -> Non
         if number is None:
             raise
         if number in DISK_FULL:
-            full = f"{label}: {folder}: the disk, a quota or a file size limit is full: {error}"
-            raise ResourceError(full) from error
+            raise full_disk(f"{label}: {folder}", error) from error
         raise DataError(f"{label}: {error}") from error
 
 

@@ -25,8 +25,13 @@ def disk_errors(path: Path, otherwise: type[RunError] = CheckpointError) -> Iter
             raise
         where = getattr(error, "filename", None) or path
         if number in DISK_FULL:
-            raise ResourceError(f"{where}: the disk, a quota or a file size limit is full: {error}") from error
+            raise full_disk(str(where), error) from error
         raise otherwise(f"{where}: can't be written: {error}") from error
+
+
+def full_disk(where: str, error: BaseException) -> ResourceError:
+    """Return what to raise for a failed system call whose number is among DISK_FULL."""
+    return ResourceError(f"{where}: the disk, a quota or a file size limit is full: {error}")
 
 
 def error_number(error: BaseException) -> int | None:

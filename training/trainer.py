@@ -168,14 +168,16 @@ class Trainer:
             self.next_batch = self._batch(self.step + 1)  # on the CPU, while a GPU is still at work
         self.peers.at(f"step {self.step + 1}: exchange of losses")
         losses, grad_norm = self._agree(loss, norm)
-        if self._is_finite(losses, grad_norm):
+        finite, updated = self._is_finite(losses, grad_norm), False
+        if finite:
             self.peers.at(f"step {self.step + 1}: update")
             updated, norm_of_update = self.strategy.update()
-            grad_norm = grad_norm if norm_of_update is None else norm_of_update
-        if not self._is_finite(losses, grad_norm):
+            if norm_of_update is not None:
+                grad_norm, finite = norm_of_update, math.isfinite(norm_of_update)
+        if not finite:
             self._drop(batch, losses, grad_norm)
-        else:
-            self.skipped += int(not updated)
+        elif not updated:
+            self.skipped += 1
         self.step += 1
         self.tokens += self._tokens_per_step()
         self._record(batch, sum(losses), grad_norm, lr)

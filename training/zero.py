@@ -83,7 +83,7 @@ class Zero(Strategy):
         return applied, float(self.model.get_global_grad_norm()) if applied else math.nan
 
     def discard(self) -> None:
-        raise NotImplementedError("DeepSpeed has no way to drop gradients")
+        raise AssertionError("training.skip_nonfinite is refused with ZeRO, which can't drop gradients")
 
     @property
     def scaler(self) -> None:
@@ -138,16 +138,18 @@ class Zero(Strategy):
     def _states(self) -> list[dict[str, Tensor]]:
         """AdamW's states of the flat tensors that this process updates, made if there was no update yet."""
         zero, adam = self._zero, self._zero.optimizer
-        flats = zero.single_partition_of_fp32_groups if self.stage == 2 else zero.fp32_partitioned_groups_flat
-        for flat in flats:
+        for flat in self._flats():
             if not adam.state.get(flat):
                 adam.state[flat] = fresh_state(flat) | {"step": torch.zeros((), device=flat.device)}
         if self.stage == 2:
             zero._hp_optimizer_states_linked = False  # else a first step links those of the first group alone
             zero._lazy_init_hp_params_optimizer_state()
-        return [adam.state[flat] for flat in flats]
+        return [adam.state[flat] for flat in self._flats()]
+
+    def _flats(self) -> list[Tensor]:
+        """The weights that this process updates, in float32, joined and padded."""
+        zero = self._zero
+        return zero.single_partition_of_fp32_groups if self.stage == 2 else zero.fp32_partitioned_groups_flat
 
     def holds_finite_weights(self) -> bool:
-        zero = self._zero
-        flats = zero.single_partition_of_fp32_groups if self.stage == 2 else zero.fp32_partitioned_groups_flat
-        return all(bool(flat.isfinite().all()) for flat in flats)
+        return all(bool(flat.isfinite().all()) for flat in self._flats())
