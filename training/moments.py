@@ -72,7 +72,7 @@ def _rows(tensor: DTensor, processes: Processes) -> slice:
     return slice(first, first + tensor.to_local().shape[0])
 
 
-def fresh_state(parameter: nn.Parameter) -> dict[str, Tensor]:
+def fresh_state(parameter: Tensor) -> dict[str, Tensor]:
     """Return the state that AdamW gives a parameter before its first update."""
     data = parameter.detach()
     return {"step": torch.zeros(()), "exp_avg": torch.zeros_like(data), "exp_avg_sq": torch.zeros_like(data)}
