@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -122,23 +123,39 @@ def test_the_number_left_out_is_counted_across_starts(poisoned, template: Templa
     check_equal(out, whole[2])
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_overflow_skips_the_step(poisoned, ranks: int) -> None:
+    def run(*more: str) -> Path:
+        codes, said, out = poisoned(f"gradient:{ranks - 1}:3,5", "--import=tests.scaled", *more, ranks=ranks)
+        assert codes == [0] * ranks, said
+        return out
+
+    check_skipped(run)
+
+
 @pytest.mark.gpu
 def test_an_overflow_of_fp16_skips_the_step(fault_arguments: list[str], tmp_path: Path) -> None:
-    """The rate stays where it was, the loss scale is halved, and a run that goes on has it."""
-    out, environment = tmp_path / "run", {**os.environ, "POISON": "gradient:0:3,5"}
-    options = ["--training.precision=fp16", "--model.qk_norm=l2", "--checkpoint.every=4", f"--out={out}"]
-
-    def run(*more: str) -> None:
-        command = [sys.executable, "train.py", *fault_arguments, *options, *more]
+    def run(*more: str) -> Path:
+        out, options = tmp_path / "run", ["--import=tests.poison", "--training.precision=fp16", "--model.qk_norm=l2"]
+        command = [sys.executable, "train.py", *fault_arguments, *options, f"--out={out}", *more]
+        environment = {**os.environ, "POISON": "gradient:0:3,5"}
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, result.stderr
+        return out
 
-    run("--import=tests.poison", "--training.steps=4", "--checkpoint.keep=9")
-    state = json.loads((out / "checkpoints/step_00000004/trainer_state.json").read_text())
-    assert (state["skipped"], state["scaler"]["scale"]) == (1, 2.0**15)
-    run("--import=tests.poison")
+    check_skipped(run)
+
+
+def check_skipped(run: Callable[..., Path]) -> None:
+    """Check that steps 3 and 5 make no update, the rate stays, the scale is halved, and a run that goes on has it."""
+    run("--checkpoint.every=2", "--training.steps=4")
+    out = run("--checkpoint.every=1", "--checkpoint.keep=9")
     records = lines(out / "metrics.jsonl")
     assert [line["skipped"] for line in records] == [0, 0, 1, 1, 2, 2, 2, 2]
     assert (records[2]["lr"], records[4]["lr"]) == (records[3]["lr"], records[5]["lr"])
-    state = json.loads((out / "checkpoints/step_00000008/trainer_state.json").read_text())
-    assert state["scaler"]["scale"] == 2.0**14
+    places = {int(folder.name[5:]): folder for folder in list_checkpoints(out)}
+    states = {step: json.loads((place / "trainer_state.json").read_text()) for step, place in places.items()}
+    scales = {step: state["scaler"]["scale"] for step, state in states.items()}
+    assert scales == {2: 2.0**16, 4: 2.0**15} | dict.fromkeys(range(5, 9), 2.0**14)
+    weights = [(places[step] / "model/model.safetensors").read_bytes() for step in (4, 5, 6)]
+    assert weights[0] == weights[1] != weights[2]

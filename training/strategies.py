@@ -154,9 +154,12 @@ class Strategy:
 
     def update(self) -> tuple[bool, float | None]:
         """Update the weights and drop the gradients; return whether the update was made, and what `clip` left open."""
+        scaler = self.scaler
+        scale = 0.0 if scaler is None else scaler.get_scale()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return not self.optimizer.step_was_skipped, None
+        # Not by `step_was_skipped`: accelerate thinks that a fused optimizer, which skips by itself, never does.
+        return scaler is None or scaler.get_scale() >= scale, None
 
     def discard(self) -> None:
         """Drop the gradients without an update."""
