@@ -20,11 +20,11 @@ def train(run: Run, ending: Ending) -> None:
             from training.trainer import Trainer
 
             import_modules(run.imports)
-        trainer = Trainer(run.config, run.out, stop)  # refuses what can't work before anything is written
+        trainer = Trainer(run, stop)  # refuses what can't work before anything is written
         with trainer.watched(ending):
             trainer.prepare_data()
             trainer.build_model()
-            with trainer.opened(run.resume, run.changed):  # makes the folder, or goes on from a checkpoint
+            with trainer.opened():  # makes the folder, or goes on from a checkpoint
                 if trainer.evaluation_due():  # of the step of the checkpoint, which a signal or a kill left out
                     trainer.evaluate()
                 while trainer.step < run.config.training.steps:

@@ -7,7 +7,13 @@ import torch
 from training.trainer import Trainer
 
 WHAT, RANK, STEPS = os.environ["POISON"].split(":")
-accumulate = Trainer._accumulate_gradients
+accumulate, train_step = Trainer._accumulate_gradients, Trainer.train_step
+
+
+def poison_weight(weight):
+    """A number of this process's share of a weight."""
+    share = (weight if weight.numel() else weight.ds_tensor).detach()
+    getattr(share, "_local_tensor", share)[0] = torch.nan
 
 
 def poisoned(self, batch):
@@ -15,8 +21,7 @@ def poisoned(self, batch):
     if self.processes.rank != int(RANK) or str(self.step + 1) not in STEPS.split(","):
         return accumulate(self, batch)
     if WHAT == "weight":
-        weight = self.module.lm_head.weight.detach()
-        getattr(weight, "_local_tensor", weight)[0] = torch.nan
+        poison_weight(self.module.lm_head.weight)
     handles = []
 
     def poison_gradient(module, inputs):
@@ -34,4 +39,13 @@ def poisoned(self, batch):
             handle.remove()
 
 
+def poisoned_update(self):
+    """A step after which a weight is NaN."""
+    train_step(self)
+    if self.processes.rank == int(RANK) and str(self.step) in STEPS.split(","):
+        poison_weight(self.module.lm_head.weight)
+
+
 Trainer._accumulate_gradients = poisoned
+if WHAT == "update":
+    Trainer.train_step = poisoned_update

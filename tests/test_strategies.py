@@ -208,6 +208,23 @@ def test_what_can_not_work_is_refused_by_all(
 
 
 @pytest.mark.parametrize(
+    ("what", "code", "message"),
+    [
+        ("optim.lr", 2, "rank 1: optim.lr is 0.5, that of rank 0 is 0.01"),
+        ("data", 3, f"rank 1: data.fingerprint is '{'0' * 64}', that of rank 0 is "),
+    ],
+)
+def test_machines_that_differ_are_refused(
+    template: Template, fault_arguments: list[str], tmp_path: Path, what: str, code: int, message: str
+) -> None:
+    argv = [*fault_arguments, "--import=tests.differing", f"--out={tmp_path / 'run'}"]
+    workers = template.start(argv, tmp_path / "log", ranks=2, DIFFERING=what)
+    assert workers.wait() == [code, code], workers.said()
+    assert f"{message}" in workers.said()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("variables", "strategy"),
     [
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fsdp2"),

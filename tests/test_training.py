@@ -17,6 +17,7 @@ from small_run import small_run
 import train
 from model import masks_transnormer, register_mask
 from scripts import evaluate, generate
+from training.config import load_config
 from training.manifest import list_checkpoints, verify_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -244,6 +245,9 @@ def test_a_module_that_registers_a_mask(arguments, tmp_path, capsys, monkeypatch
     assert f"--import: no module 'other' in {tmp_path}" in capsys.readouterr().err
     imported = ["--import", "near_mask"]
     assert run(arguments, tmp_path / "run", *options, *imported) == 0
+    written = tmp_path / "run" / "config.yaml"
+    assert written.read_text().startswith("# with --import near_mask\n")
+    assert load_config([f"--config={written}"]).config == load_config([*arguments, *options]).config
     assert generate.main([str(tmp_path / "run"), "--prompt", "def", "--max-new-tokens", "3", *imported]) == 0
     del masks_transnormer._FUNCTIONS["near"]
     capsys.readouterr()
@@ -303,7 +307,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(arguments, tmp_path, 
         ("--data.paths=['none.jsonl']", 3, "none.jsonl"),
         ("--tokenizer.path=none", 3, "none/tokenizer.model"),
         ("--data.sequence_length=100000", 3, "expected at least 100001 train tokens"),
-        ("--resume=none", 4, "none"),
+        ("--resume=none", 4, "--resume none: expected a checkpoint's folder, there is none"),
+        ("--changed=optim.wd", 2, "--changed: no setting optim.wd is compared with the checkpoint's; it can be "),
         ("--model.intermediate_size=1000000000000", 7, "out of memory on cpu, 0 steps are done: "),
     ],
 )
@@ -319,16 +324,18 @@ def test_what_can_not_work_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_an_out_that_is_a_file_is_refused(arguments, tmp_path, capsys):
+def test_an_out_that_can_not_be_is_refused(arguments, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run(arguments, tmp_path / "file" / "run") == 2
     assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
+    assert run(arguments, Path("/proc/none/run")) == 2
+    assert "--out: /proc is not writable: " in capsys.readouterr().err
 
 
 def test_a_second_run_into_the_same_folder_is_refused(arguments, tmp_path, capsys):
     first = start(arguments, tmp_path / "run", "--training.steps=100000")
     wait_for_step(first, tmp_path / "run", 1)
-    assert run(arguments, tmp_path / "run") == 2
+    assert run(arguments, tmp_path / "run", "--data.paths=['none.jsonl']") == 2  # before it looks for data
     assert "is in use by another run" in capsys.readouterr().err
     first.send_signal(signal.SIGTERM)
     assert first.wait(timeout=30) == 143

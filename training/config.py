@@ -9,7 +9,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
@@ -281,13 +281,21 @@ def config_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def config_values(config: Config) -> dict[str, Any]:
+    """Every value of the configuration by its key, such as `optim.lr`."""
+    values: dict[str, Any] = {}
+    for name, value in config_dict(config).items():
+        values |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    return values
+
+
 def check(config: Config) -> None:
     """Refuse values that no run can work with.
 
     Raises:
         ConfigError: naming the key, what was expected and what came.
     """
-    for key, number in _numbers(config_dict(config)):
+    for key, number in _numbers(config):
         if isinstance(number, int) and not abs(number) < 2**63:
             raise ConfigError(f"{key}: expected a whole number that 64 bits hold, got {number}")
         if not math.isfinite(number):
@@ -309,15 +317,10 @@ def check(config: Config) -> None:
         raise ConfigError(f"data.validation_share: expected between 0 and 1, got {data.validation_share}")
 
 
-def _numbers(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """Every number of the configuration by its key."""
-    found = []
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            found += _numbers(value, f"{prefix}{name}.")
-        for item in value if isinstance(value, list) else [value]:
-            found += [(prefix + name, item)] if isinstance(item, int | float) else []
-    return found
+def _numbers(config: Config) -> list[tuple[str, float]]:
+    """Every number of the configuration with its key."""
+    items = ((key, item) for key, v in config_values(config).items() for item in (v if isinstance(v, list) else [v]))
+    return [(key, item) for key, item in items if isinstance(item, int | float)]
 
 
 def _lower_bounds(config: Config) -> list[tuple[str, float | None, float]]:
@@ -456,6 +459,16 @@ def _refuse_references(argument: str) -> None:
 
 def _readable(message: str) -> str:
     """The parser's complaint in one line: the key, what was expected, what came."""
-    message = re.sub(r'^Parser key "([^"]+)":\s*', r"\1: ", message.strip())
-    message = re.sub(r"<class '([^']+)'>", r"\1", message).replace("typing.", "")
-    return " ".join(message.replace("Expected a ", "expected ").replace(". Got value: ", ", got ").split())
+    found = re.match(r'Parser key "([^"]+)":.*\s(?:Got|Given) value: (.*)$', message.strip(), re.DOTALL)
+    if found and _known_keys().get(found[1]):
+        message = f"{found[1]}: expected {_in_words(_known_keys()[found[1]])}, got {found[2]}"
+    return " ".join(message.split())
+
+
+def _in_words(kind: Any) -> str:
+    """What a value of a type looks like."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    words |= {list[str]: """a list like '["one", "two"]'""", list[int]: "a list like [0, 1]"}
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    return words.get(kind) or " or ".join(map(_in_words, get_args(kind)))

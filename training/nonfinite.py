@@ -68,4 +68,5 @@ def _watched_gradients(module: nn.Module, found: dict[str, None]) -> Iterator[No
 
 def _is_finite(tensor: Tensor) -> bool:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return bool(local.detach().isfinite().all())
+    share = local if local.numel() else getattr(local, "ds_tensor", local)  # ZeRO-3 empties weights between uses
+    return bool(share.detach().isfinite().all())

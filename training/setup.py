@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,26 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from model import TransnormerConfig, TransnormerForCausalLM
-from training.config import Config, config_dict
+from training.config import Config, config_dict, config_values
 from training.errors import CheckpointError, ConfigError
 from training.manifest import latest_checkpoint, list_checkpoints, verify_checkpoint
-from training.storage import refuse_links, unfinished
+from training.storage import DISK_FULL, full_disk, refuse_links, unfinished
 
 _RUN_FILES = ("config.yaml", "evaluations.jsonl", "exit.json", "loss.png", "metrics.jsonl")
 _RUN_FOLDERS = ("checkpoints", "tensorboard", "wandb")
 
 
 def check_out(out: Path) -> None:
-    """Refuse a run's folder that can't be made or written; nothing is written to find out."""
+    """Refuse a run's folder that can't be made or written; nothing stays written."""
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise ConfigError(f"--out: expected a folder, got {out}: {nearest} is a file")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out: {nearest} is not writable")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=nearest))  # os.access says yes to root on file systems that refuse
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise full_disk(str(nearest), error) from None
+        raise ConfigError(f"--out: {nearest} is not writable: {os.strerror(error.errno or 0)}") from None
     refuse_links(out, (".lock", *_RUN_FILES, *map(unfinished, _RUN_FILES)), _RUN_FOLDERS)
 
 
@@ -92,14 +97,13 @@ def find_checkpoint(out: Path, resume: str) -> tuple[Path | None, list[str]]:
         ConfigError: `resume` does not fit what the run's folder holds.
         CheckpointError: no checkpoint of the folder, or not the one that was named, is whole.
     """
+    refuse_resume(out, resume)
     if resume == "auto":
         checkpoint, passed_over = latest_checkpoint(out)
         if checkpoint is None and passed_over:
             raise CheckpointError(f"{out}: expected a whole checkpoint: {'; '.join(passed_over)}")
         return checkpoint, passed_over
     if resume == "never":
-        if list_checkpoints(out):
-            raise ConfigError(f"--resume never: {out} holds checkpoints of a run; give another --out")
         return None, []
     step = verify_checkpoint(Path(resume)).step
     later = [path.name for path in list_checkpoints(out) if path.name > f"step_{step:08d}"]
@@ -108,32 +112,35 @@ def find_checkpoint(out: Path, resume: str) -> tuple[Path | None, list[str]]:
     return Path(resume), []
 
 
+def refuse_resume(out: Path, resume: str) -> None:
+    """Refuse what `--resume` can't mean, without looking into a checkpoint; the errors of `find_checkpoint`."""
+    if resume == "never" and list_checkpoints(out):
+        raise ConfigError(f"--resume never: {out} holds checkpoints of a run; give another --out")
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise CheckpointError(f"--resume {resume}: expected a checkpoint's folder, there is none")
+
+
 def run_identity(config: Config, data_fingerprint: str, tokenizer_sha256: str) -> dict[str, Any]:
     """What must not change unasked when a run goes on, or it would be another run."""
-    plain = config_dict(config)
-    return {
-        "seed": plain["seed"],
-        **{f"model.{name}": value for name, value in plain["model"].items()},
-        "tokenizer.sha256": tokenizer_sha256,
-        "data.fingerprint": data_fingerprint,
-        "data.sequence_length": plain["data"]["sequence_length"],
-        "data.document_boundaries": plain["data"]["document_boundaries"],
-        **{f"optim.{name}": value for name, value in plain["optim"].items()},
-        "training.batch_size": plain["training"]["batch_size"],
-    }
+    names = ("seed", "data.sequence_length", "data.document_boundaries", "training.batch_size")
+    values = config_values(config)
+    settings = {name: v for name, v in values.items() if name in names or name.startswith(("model.", "optim."))}
+    return {"tokenizer.sha256": tokenizer_sha256, "data.fingerprint": data_fingerprint, **settings}
+
+
+def refuse_changed(changed: Iterable[str], config: Config) -> None:
+    """Refuse a `--changed` that `run_identity` does not name."""
+    names = run_identity(config, data_fingerprint="", tokenizer_sha256="")
+    for name in (name for name in changed if name not in names):
+        near = [known for known in names if known.rpartition(".")[2] == name.rpartition(".")[2]]
+        hint = f"; did you mean {near[0]}?" if near else f"; it can be {', '.join(names)}"
+        raise ConfigError(f"--changed: no setting {name} is compared with the checkpoint's{hint}")
 
 
 def refuse_other_run(
     checkpoint: Path, saved: dict[str, Any], current: dict[str, Any], changed: Iterable[str] = ()
 ) -> None:
     """Compare two results of `run_identity`; a difference that is not `changed` is a CheckpointError that names it."""
-    changed = set(changed)
-    unknown = changed - set(current)
-    if unknown:
-        name = min(unknown)
-        near = [known for known in current if known.rpartition(".")[2] == name.rpartition(".")[2]]
-        hint = f"; did you mean {near[0]}?" if near else f"; it can be {', '.join(current)}"
-        raise ConfigError(f"--changed: no setting {name} is compared with the checkpoint's{hint}")
     for name in (name for name in current if name not in changed):
         if saved.get(name) != current[name]:
             raise CheckpointError(

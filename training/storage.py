@@ -23,15 +23,18 @@ def disk_errors(path: Path, otherwise: type[RunError] = CheckpointError) -> Iter
         number = error_number(error)
         if number is None:
             raise
-        where = getattr(error, "filename", None) or path
         if number in DISK_FULL:
-            raise full_disk(str(where), error) from error
+            raise full_disk(str(path), error) from error
+        where = getattr(error, "filename", None) or path
         raise otherwise(f"{where}: can't be written: {error}") from error
 
 
 def full_disk(where: str, error: BaseException) -> ResourceError:
     """Return what to raise for a failed system call whose number is among DISK_FULL."""
-    return ResourceError(f"{where}: the disk, a quota or a file size limit is full: {error}")
+    reason = os.strerror(error_number(error) or 0)
+    return ResourceError(
+        f"{where}: the disk, a quota or a file size limit is full ({reason}); make room and start again"
+    )
 
 
 def error_number(error: BaseException) -> int | None:

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from model import TransnormerForCausalLM
 from training.checkpoint import Content, restore_rng, save_checkpoint
-from training.config import Config, config_dict
+from training.config import Run, config_dict, config_values
 from training.data import Batch, BatchOrder, Prepared, evaluation_batches, prepare, step_batch, without_labels
 from training.errors import ConfigError, DataError, NonFiniteError, ResourceError, RunError
 from training.evaluation import Score, complete, score, stop_when
@@ -38,6 +38,7 @@ from training.setup import (
     config_hash,
     count_micro_batches,
     model_config,
+    refuse_changed,
     run_identity,
     use_cores,
 )
@@ -53,29 +54,33 @@ class Trainer:
     """State and steps of a run. Public methods are called by `train.py`, top to bottom, in every process.
 
     Args:
-        config: the resolved configuration.
-        out: the run's folder.
+        run: what was asked for.
         stop: whether a signal has come.
 
     Raises:
         ConfigError: for what this machine or this number of processes can't run.
     """
 
-    def __init__(self, config: Config, out: Path, stop: StopSignal) -> None:
-        self.config, self.out, self.stop = config, out, stop
+    def __init__(self, run: Run, stop: StopSignal) -> None:
+        config = run.config
+        self.config, self.out, self.stop = config, run.out, stop
         self.step = self.tokens = 0
         self.skipped = self.dropped = 0  # steps without an update: by the loss scaler, for a batch that is not finite
         self.evaluated = self.saved = -1  # steps of the last evaluation and checkpoint
         self.stopping = False  # whether any process was asked to stop
         self.tracker_run_id: str | None = None
         disable_progress_bar()  # the bars of loading and saving would tear ours
-        check_out(out)
+        check_out(run.out)
         check_trackers(config.tracking)
+        refuse_changed(run.changed, config)
         self.strategy = open_strategy(config)
         self.processes, self.main = self.strategy.processes, self.strategy.processes.is_main
+        self._check_same(config_values(config), ConfigError)
         use_cores(self.strategy.device, config.training.cpu_threads)
         self.micro_batches = count_micro_batches(config, self.processes.count)
         model_config(config, vocab_size=config.tokenizer.vocab_size, special_ids={})
+        self.folder = RunFolder(run, self.processes)
+        self.folder.check()
 
     @contextmanager
     def watched(self, ending: Ending) -> Iterator[None]:
@@ -100,8 +105,7 @@ class Trainer:
             f" {len(self.data.validation.ids):,} validation tokens in {self.data.validation.documents:,};"
             f" skipped documents: {self.data.skipped or 'none'}"
         )
-        self._check_same("data.fingerprint", self.data.fingerprint, DataError)
-        self._check_same("the configuration's sha256", config_hash(self.config), ConfigError)
+        self._check_same({"data.fingerprint": self.data.fingerprint}, DataError)
 
     def build_model(self) -> None:
         """The model with its initial weights, the same in every process, and its optimizer."""
@@ -124,21 +128,15 @@ class Trainer:
         )
 
     @contextmanager
-    def opened(self, resume: str, changed: Iterable[str] = ()) -> Iterator[None]:
-        """The run's folder, made or gone on with, and everything that is closed at the end.
-
-        Args:
-            resume: "auto", "never" or the path of a checkpoint.
-            changed: what may differ from the run of the checkpoint, as `run_identity` names it.
-        """
+    def opened(self) -> Iterator[None]:
+        """The run's folder, made or gone on with, and everything that is closed at the end."""
         self.peers.at("opening the run", limit=START_SECONDS)
         together, everyone = self.processes.together, self.processes.gather_objects
-        folder = RunFolder(self.out, self.processes)
         with contextlib.ExitStack() as stack:
-            checkpoint, state, passed_over = folder.find(resume, self._identity(), changed)
+            checkpoint, state, passed_over = self.folder.find(self._identity())
             for message in passed_over:
                 self._say(f"not resumed from: {message}")
-            folder.claim(stack, self.config)
+            self.folder.claim(stack)
             self.ending.out = self.out
             together(lambda: self._load_weights(checkpoint))
             self.strategy.prepare(self.module, self.optimizer)
@@ -315,14 +313,16 @@ class Trainer:
     def _step_folder(self) -> Path:
         return checkpoint_path(self.out, self.step)
 
-    def _check_same(self, name: str, value: str, error: type[RunError]) -> None:
+    def _check_same(self, values: dict[str, Any], error: type[RunError]) -> None:
         """Refuse processes that would train on other data or by other settings than the main one."""
-        values = self.processes.gather_objects(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise error(
-                    f"rank {rank}: {name} is {other}, that of rank 0 is {values[0]}; expected the same everywhere"
-                )
+        everyone = self.processes.gather_objects(values)
+        for rank, others in enumerate(everyone):
+            for name, value in everyone[0].items():
+                if others[name] != value:
+                    raise error(
+                        f"rank {rank}: {name} is {others[name]!r}, that of rank 0 is {value!r};"
+                        " expected the same everywhere"
+                    )
 
     def _identity(self) -> dict[str, Any]:
         return run_identity(self.config, self.data.fingerprint, self.data.tokenizer_sha256)
