@@ -1,4 +1,4 @@
-"""A module for `--import`: the process of rank 1 has another learning rate, or other data, as DIFFERING says."""
+"""A module for `--import`: the process of rank 1 has another learning rate, folder or data, as DIFFERING says."""
 
 import dataclasses
 import os
@@ -6,12 +6,16 @@ import os
 import training.trainer
 from training.trainer import Trainer
 
+DIFFERING = os.environ["DIFFERING"]
 init, prepare = Trainer.__init__, training.trainer.prepare
 
 
-def another_rate(self, run, stop):
-    """The trainer of a machine with another configuration."""
-    run.config.optim.lr = 0.5
+def other_settings(self, run, stop):
+    """The trainer of a machine with another configuration, or another disk under the same name."""
+    if DIFFERING == "optim.lr":
+        run.config.optim.lr = 0.5
+    if DIFFERING == "out":
+        run.out = run.out / "elsewhere"
     init(self, run, stop)
 
 
@@ -21,7 +25,6 @@ def other_data(config):
 
 
 if os.environ["RANK"] == "1":
-    if os.environ["DIFFERING"] == "optim.lr":
-        Trainer.__init__ = another_rate
-    else:
+    Trainer.__init__ = other_settings
+    if DIFFERING == "data":
         training.trainer.prepare = other_data

@@ -212,6 +212,7 @@ def test_what_can_not_work_is_refused_by_all(
     [
         ("optim.lr", 2, "rank 1: optim.lr is 0.5, that of rank 0 is 0.01"),
         ("data", 3, f"rank 1: data.fingerprint is '{'0' * 64}', that of rank 0 is "),
+        ("out", 2, "rank 1: --out: expected "),
     ],
 )
 def test_machines_that_differ_are_refused(
@@ -220,8 +221,9 @@ def test_machines_that_differ_are_refused(
     argv = [*fault_arguments, "--import=tests.differing", f"--out={tmp_path / 'run'}"]
     workers = template.start(argv, tmp_path / "log", ranks=2, DIFFERING=what)
     assert workers.wait() == [code, code], workers.said()
-    assert f"{message}" in workers.said()
-    assert not (tmp_path / "run").exists()
+    assert message in workers.said()
+    assert (tmp_path / "run").exists() == (what == "out")  # the folder itself has to be looked at
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,10 @@ class Zero(Strategy):
 
     def _open_accelerator(self, **plugins: Any) -> Accelerator:
         if not torch.cuda.is_available():  # accelerate starts DeepSpeed's processes on GPUs alone
+            # Its operator for inference on a CPU would be compiled at the first start, for most of a minute.
+            from deepspeed import ops
+
+            ops.__compatible_ops__["deepspeed_shm_comm"] = False
             dist.init_process_group("gloo", timeout=LONGEST_WAIT)
         plugin = DeepSpeedPlugin(hf_ds_config=self._options())
         handlers = [InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
