@@ -39,8 +39,9 @@ class RunFolder:
         def look() -> None:
             if self.processes.is_main:
                 refuse_resume(self.out, self.run.resume)
-                if (self.out / ".lock").exists():
-                    self._lock().release()
+                with disk_errors(self.out):
+                    if (self.out / ".lock").exists():
+                        self._lock().release()
 
         self.processes.together(look)
 
