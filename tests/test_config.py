@@ -70,6 +70,10 @@ def test_resolved_configuration_reads_back(tmp_path):
         (["--data.sequence_length", "0"], "data.sequence_length: expected 1 or more, got 0"),
         (["stray"], "unrecognized arguments: stray"),
         (["--config"], "--config: expected a file, got nothing"),
+        (["--out="], "--out: expected a folder, got nothing"),
+        (["--optim.lr="], "optim.lr: expected a number, got nothing"),
+        (["--training.cpu_threads=5000"], "training.cpu_threads: expected 1,024 or fewer threads, got 5000"),
+        (["--data.num_proc=5000"], "data.num_proc: expected 1,024 or fewer threads, got 5000"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

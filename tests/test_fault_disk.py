@@ -86,6 +86,29 @@ def test_a_file_that_does_not_fit(
     check_equal(out, whole)
 
 
+@pytest.mark.parametrize("limit", [100_000, 250_000], ids=["weights", "optimizer"])
+@pytest.mark.parametrize(
+    "strategy", ["fsdp2", *(pytest.param(name, marks=pytest.mark.long) for name in ("ddp", "zero2", "zero3"))]
+)
+def test_a_file_of_two_processes_that_does_not_fit(
+    template: Template, fault_arguments: list[str], tmp_path: Path, strategy: str, limit: int
+) -> None:
+    """One process can't write its file while the other waits to put the next tensors together with it."""
+    out = tmp_path / "run"
+    argv = [*fault_arguments, f"--training.strategy={strategy}", f"--out={out}"]
+    workers = template.start([*argv, "--training.steps=2"], tmp_path / "first.log", ranks=2)
+    assert workers.wait() == [0, 0], workers.said()
+    workers = template.start(argv, tmp_path / "full.log", ranks=2, largest_file=limit)
+    assert workers.wait(20) == [7, 7], workers.said()
+    assert all("step_00000004" in error for error in errors(workers.said())), workers.said()
+    assert json.loads((out / "exit.json").read_text())["exit_code"] == 7
+    assert leftovers(out) == set()
+    assert [folder.name for folder in step_folders(out)] == ["step_00000002"]
+    again = template.start(argv, tmp_path / "again.log", ranks=2)
+    assert again.wait() == [0, 0], again.said()
+    assert [line["step"] for line in lines(out / "metrics.jsonl")] == list(range(1, 9))
+
+
 def test_the_figure_at_the_end(template: Template, fault_arguments: list[str], whole: Path, tmp_path: Path) -> None:
     out = shutil.copytree(whole, tmp_path / "run")
     (out / "loss.png").unlink()

@@ -71,7 +71,10 @@ def test_a_process_that_is_stopped_is_named(
         assert TIMEOUT - 1 < time.monotonic() - began < TIMEOUT + 5
         assert workers.poll()[0] == 6
         assert exit_record(out)["reason"].startswith(f"rank 1 (process {workers.pids[1]} on ")
-        assert "gave no sign of life for" in exit_record(out)["reason"]
+        assert "gave no sign of life for" in (said := exit_record(out)["reason"])
+        os.kill(workers.pids[1], signal.SIGCONT)  # it wakes, and now the others are silent
+        assert workers.wait_for(lambda: None not in workers.poll(), TIMEOUT + 10)
+        assert exit_record(out) == {"exit_code": 6, "reason": said}
     finally:
         workers.kill()
 

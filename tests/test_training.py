@@ -307,7 +307,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(arguments, tmp_path, 
         ("--data.paths=['none.jsonl']", 3, "none.jsonl"),
         ("--tokenizer.path=none", 3, "none/tokenizer.model"),
         ("--data.sequence_length=100000", 3, "expected at least 100001 train tokens"),
-        ("--resume=none", 4, "--resume none: expected a checkpoint's folder, there is none"),
+        ("--resume=none", 4, "--resume none: expected auto, never or the folder of a checkpoint; there is none"),
         ("--changed=optim.wd", 2, "--changed: no setting optim.wd is compared with the checkpoint's; it can be "),
         ("--model.intermediate_size=1000000000000", 7, "out of memory on cpu, 0 steps are done: "),
     ],
@@ -329,7 +329,7 @@ def test_an_out_that_can_not_be_is_refused(arguments, tmp_path, capsys):
     assert run(arguments, tmp_path / "file" / "run") == 2
     assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
     assert run(arguments, Path("/proc/none/run")) == 2
-    assert "--out: /proc is not writable: " in capsys.readouterr().err
+    assert "--out: /proc/none/run: /proc is not writable: " in capsys.readouterr().err
 
 
 def test_a_second_run_into_the_same_folder_is_refused(arguments, tmp_path, capsys):
@@ -393,6 +393,24 @@ def test_a_finished_run_has_nothing_to_do(arguments, tmp_path):
     assert run(arguments, tmp_path / "run") == 0
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 7))
     assert all(torch.equal(before[key], value) for key, value in weights(tmp_path / "run", 6).items())
+
+
+def test_what_goes_on_otherwise_is_said(arguments, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(arguments, out) == 0
+    assert "missing" not in (said := capsys.readouterr().err)
+    assert "training.steps was" not in said
+    file = out / "metrics.jsonl"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[2:]))
+    AcceleratorState._reset_state(True)
+    assert run(arguments, out, "--training.steps=8") == 0
+    said = capsys.readouterr().err
+    assert "training.steps was 6, is 8: the learning rate follows the schedule of 8" in said
+    assert f"{file}: 2 of 6 steps are missing" in said
+    assert [line["step"] for line in metrics(out)] == [3, 4, 5, 6, 7, 8]
+    AcceleratorState._reset_state(True)
+    assert run(arguments, tmp_path / "other", f"--resume={out}") == 4
+    assert f"this is a run's, which has {list_checkpoints(out)[-1]}" in capsys.readouterr().err
 
 
 def test_importing_train_does_nothing():

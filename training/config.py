@@ -17,6 +17,7 @@ from training.errors import ConfigError
 from training.imports import IMPORT_HELP
 from training.yamlfile import read_yaml, refuse_references
 
+_MOST_THREADS = 1024  # far above any use, far below where a process gets no more
 _CHANGED_HELP = "go on from a checkpoint although this key differs, as optim.lr; may be given several times"
 
 
@@ -273,6 +274,8 @@ def load_config(argv: list[str], prog: str = "train.py") -> Run:
         raise ConfigError(_readable(str(error))) from None
     config = Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
     check(config)
+    if not values["out"]:
+        raise ConfigError("--out: expected a folder, got nothing")
     return Run(config, Path(values["out"]), values["resume"], values["changed"], values["import"])
 
 
@@ -303,6 +306,12 @@ def check(config: Config) -> None:
     for key, value, least in _lower_bounds(config):
         if value is not None and value < least:
             raise ConfigError(f"{key}: expected {least} or more, got {value}")
+    for key, threads in (
+        ("data.num_proc", config.data.num_proc),
+        ("training.cpu_threads", config.training.cpu_threads),
+    ):
+        if threads is not None and threads > _MOST_THREADS:
+            raise ConfigError(f"{key}: expected {_MOST_THREADS:,} or fewer threads, got {threads}")
     optim, data = config.optim, config.data
     if not optim.lr > 0:
         raise ConfigError(f"optim.lr: expected a positive number, got {optim.lr}")
@@ -459,9 +468,9 @@ def _refuse_references(argument: str) -> None:
 
 def _readable(message: str) -> str:
     """The parser's complaint in one line: the key, what was expected, what came."""
-    found = re.match(r'Parser key "([^"]+)":.*\s(?:Got|Given) value: (.*)$', message.strip(), re.DOTALL)
+    found = re.match(r'Parser key "([^"]+)":.*\s(?:Got|Given) value:(.*)$', message.strip(), re.DOTALL)
     if found and _known_keys().get(found[1]):
-        message = f"{found[1]}: expected {_in_words(_known_keys()[found[1]])}, got {found[2]}"
+        message = f"{found[1]}: expected {_in_words(_known_keys()[found[1]])}, got {found[2].strip() or 'nothing'}"
     return " ".join(message.split())
 
 

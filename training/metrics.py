@@ -71,6 +71,10 @@ class MetricsWriter:
         out: the run's folder.
         resume_step: steps done by the checkpoint that the run continues; 0 starts both files anew.
 
+    Attributes:
+        last_evaluated: step of the last evaluation that is kept, -1 for none.
+        missing_steps: how many of the steps until `resume_step` have no line.
+
     Raises:
         CheckpointError: a line before the last is not a record, or a file can't be written.
         ResourceError: the disk is full.
@@ -80,7 +84,8 @@ class MetricsWriter:
         out.mkdir(parents=True, exist_ok=True)
         names = {StepRecord: "metrics.jsonl", EvaluationRecord: "evaluations.jsonl"}
         self._files = {kind: _RecordFile(out / name, resume_step) for kind, name in names.items()}
-        self.last_evaluated = self._files[EvaluationRecord].last_step  # -1 for none
+        self.last_evaluated = self._files[EvaluationRecord].last_step
+        self.missing_steps = resume_step - self._files[StepRecord].records
 
     def write(self, record: StepRecord | EvaluationRecord) -> None:
         """Append a record to its file; numbers that are not finite become null, which keeps the line valid JSON."""
@@ -101,7 +106,7 @@ class _RecordFile:
             records = _rewind(path, resume_step)
             self._file = path.open("ab", buffering=0)
         self._end = self._file.seek(0, os.SEEK_END)
-        self.last_step = records[-1]["step"] if records else -1
+        self.last_step, self.records = records[-1]["step"] if records else -1, len(records)
 
     def append(self, record: dict[str, Any]) -> None:
         line = _line(record)

@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from training.errors import EXIT_SIGTERM, ConfigError, ResourceError, RunError
+from training.errors import EXIT_SIGTERM, ConfigError, PeerError, ResourceError, RunError
 from training.redaction import redact
 from training.storage import DISK_FULL, full_disk, refuse_links, replace_file, unfinished
 
@@ -46,6 +46,8 @@ class Ending:
         out = self.out or _idle_run(self.asked)
         if out is None:
             return
+        if code == PeerError.exit_code and self.out is not None and (out / "exit.json").exists():
+            return  # by a process that knew sooner, or that failed itself: this one may have been the one that hung
         record = {"exit_code": code, "reason": redact(reason)}
         try:
             replace_file(out / "exit.json", f"{json.dumps(record)}\n".encode())

@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from model import TransnormerConfig, TransnormerForCausalLM
 from training.config import Config, config_dict, config_values
 from training.errors import CheckpointError, ConfigError
-from training.manifest import latest_checkpoint, list_checkpoints, verify_checkpoint
+from training.manifest import latest_checkpoint, list_checkpoints, step_folders, verify_checkpoint
 from training.storage import DISK_FULL, full_disk, refuse_links, unfinished
 
 _RUN_FILES = ("config.yaml", "evaluations.jsonl", "exit.json", "loss.png", "metrics.jsonl")
@@ -32,7 +32,7 @@ def check_out(out: Path) -> None:
     except OSError as error:
         if error.errno in DISK_FULL:
             raise full_disk(str(nearest), error) from None
-        raise ConfigError(f"--out: {nearest} is not writable: {os.strerror(error.errno or 0)}") from None
+        raise ConfigError(f"--out: {out}: {nearest} is not writable: {os.strerror(error.errno or 0)}") from None
     refuse_links(out, (".lock", *_RUN_FILES, *map(unfinished, _RUN_FILES)), _RUN_FOLDERS)
 
 
@@ -116,8 +116,12 @@ def refuse_resume(out: Path, resume: str) -> None:
     """Refuse what `--resume` can't mean, without looking into a checkpoint; the errors of `find_checkpoint`."""
     if resume == "never" and list_checkpoints(out):
         raise ConfigError(f"--resume never: {out} holds checkpoints of a run; give another --out")
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
-        raise CheckpointError(f"--resume {resume}: expected a checkpoint's folder, there is none")
+    if resume not in ("auto", "never"):
+        expected = f"--resume {resume}: expected auto, never or the folder of a checkpoint"
+        if not Path(resume).is_dir():
+            raise CheckpointError(f"{expected}; there is none")
+        if step_folders(Path(resume)):
+            raise CheckpointError(f"{expected}; this is a run's, which has {step_folders(Path(resume))[-1]}")
 
 
 def run_identity(config: Config, data_fingerprint: str, tokenizer_sha256: str) -> dict[str, Any]:

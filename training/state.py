@@ -18,7 +18,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: naming the field, what was expected and what came.
     """
     state = load_trainer_state(checkpoint)
-    state.setdefault("dropped", 0)  # written by no version before
+    state = {"dropped": 0, "steps": None} | state  # fields that no version before wrote
     for name, (expected, fits) in _FIELDS.items():
         if name not in state or not fits(state[name]):
             came = repr(state[name])[:100] if name in state else "nothing"
@@ -44,6 +44,7 @@ def _is_run_id(value: Any) -> bool:
 
 _FIELDS = {
     "step": ("a whole number from 0", _is_count),
+    "steps": ("null or a whole number from 0", lambda value: value is None or _is_count(value)),
     "tokens": ("a whole number from 0", _is_count),
     "skipped": ("a whole number from 0", _is_count),
     "dropped": ("a whole number from 0", _is_count),

@@ -62,7 +62,7 @@ def write_tensors(folder: Path, stem: str, parts: dict[str, Part], max_bytes: in
         The files that this process has written.
 
     Raises:
-        ResourceError: the disk is full.
+        ResourceError: the disk is full; in every process, whichever had to write the file.
         CheckpointError: a file can't be written.
     """
     plan, written, failure = plan_files(parts, stem, max_bytes), [], None
@@ -80,10 +80,14 @@ def write_tensors(folder: Path, stem: str, parts: dict[str, Part], max_bytes: in
             except RunError as error:
                 failure = error  # raised below: the others still need this process to put tensors together
             written.append(folder / file)
-    if failure is not None:
-        raise failure
-    if processes.is_main and len(plan) > 1:
-        written.append(_write_index(folder, stem, parts, plan))
+
+    def end() -> None:
+        if failure is not None:
+            raise failure
+        if processes.is_main and len(plan) > 1:
+            written.append(_write_index(folder, stem, parts, plan))
+
+    processes.together(end)
     return written
 
 

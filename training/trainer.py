@@ -349,12 +349,19 @@ class Trainer:
         self.dropped = state["dropped"]
         self.tracker_run_id = state["wandb_run_id"]
         self.saved = self.step
+        before, now = state["steps"], self.config.training.steps
+        if before not in (None, now):
+            self._say(f"training.steps was {before:,}, is {now:,}: the learning rate follows the schedule of {now:,}")
 
     def _open_records(self, stack: contextlib.ExitStack) -> int:
         """Open what is written step by step; returns the step of the last evaluation there."""
         if not self.main:
             return -1
         self.metrics = stack.enter_context(contextlib.closing(MetricsWriter(self.out, self.step)))
+        if self.metrics.missing_steps and self._step_folder().exists():  # not that of another run, by --resume PATH
+            self._say(
+                f"{self.out / 'metrics.jsonl'}: {self.metrics.missing_steps:,} of {self.step:,} steps are missing"
+            )
         self.trackers = open_trackers(
             self.config.tracking, self.out, config_dict(self.config), self.tracker_run_id, self.step
         )
@@ -504,6 +511,7 @@ class Trainer:
         scaler = self.strategy.scaler
         return {
             "step": self.step,
+            "steps": self.config.training.steps,
             "tokens": self.tokens,
             "skipped": self.skipped,
             "dropped": self.dropped,
