@@ -109,6 +109,19 @@ def test_a_file_of_two_processes_that_does_not_fit(
     assert [line["step"] for line in lines(out / "metrics.jsonl")] == list(range(1, 9))
 
 
+@pytest.mark.usefixtures("whole")  # has prepared the tokens
+def test_metrics_of_two_processes_that_do_not_fit(
+    template: Template, fault_arguments: list[str], tmp_path: Path
+) -> None:
+    """One process writes them: it ends by that reason, the other by the end of this one, which is not the reason."""
+    out = tmp_path / "run"
+    argv = [*fault_arguments, "--training.steps=40", "--training.eval_every=0", "--checkpoint.every=0", f"--out={out}"]
+    workers = template.start(argv, tmp_path / "full.log", ranks=2, largest_file=5_000)
+    assert workers.wait(30) == [7, 6], workers.said()
+    assert json.loads((out / "exit.json").read_text())["exit_code"] == 7
+    assert all("metrics.jsonl: the disk" in error for error in errors(workers.said())), workers.said()
+
+
 def test_the_figure_at_the_end(template: Template, fault_arguments: list[str], whole: Path, tmp_path: Path) -> None:
     out = shutil.copytree(whole, tmp_path / "run")
     (out / "loss.png").unlink()
