@@ -55,7 +55,7 @@ def test_a_signal_at_any_moment(
     whole, options = tmp_path / "whole", [*fault_arguments, *OPTIONS]
     workers = template.start([*options, f"--out={whole}"], tmp_path / "whole.log", ranks=ranks)
     assert workers.wait() == [0] * ranks, workers.said()
-    for number in range(20 if long_form else 2):
+    for number in range(20 if long_form else 1):
         out = tmp_path / f"run{number}"
         argv = [*options, f"--out={out}"]
         workers = template.start(argv, out.with_suffix(".log"), ranks=ranks)
