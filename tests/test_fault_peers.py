@@ -95,6 +95,7 @@ def test_a_process_that_hangs_is_named(
     assert reason.endswith("in step 5: forward pass, while others wait; training.peer_timeout allows more")
 
 
+@pytest.mark.long
 def test_before_the_first_step_a_process_may_take_longer(
     template: Template, fault_arguments: list[str], tmp_path: Path
 ) -> None:
