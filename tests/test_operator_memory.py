@@ -37,13 +37,14 @@ def _masked(heads: int, tokens: int, width: int, device: torch.device, mask_grad
 
 @pytest.mark.parametrize("mask_grad", [False, True], ids=["", "mask-gradient"])
 def test_blocks_hold_less_than_half_of_normal_and_none_saves_scores(mask_grad: bool, device: torch.device) -> None:
-    tensors = _masked(2, 2048, 64, device, mask_grad)
+    tokens = 4096 if device.type == "cuda" else 2048
+    tensors = _masked(2, tokens, 64, device, mask_grad)
     peaks: dict[str, tuple[int, int]] = {}
     for name in ("normal", "split", "block", "inplace"):
         forward = partial(flash_linear_attention, *tensors, implementation=name)
         assert saved_bytes(forward) == sum(x.nbytes for x in tensors)
         peaks[name] = peak_memory(forward, device), peak_memory(partial(_both_passes, forward), device)
-    scores = 2 * 2048**2 * 4
+    scores = 2 * tokens**2 * 4
     assert peaks["normal"][0] >= scores
     assert peaks["normal"][1] >= 1.9 * scores
     for name in ("split", "block", "inplace"):
