@@ -111,7 +111,7 @@ class RunFolder:
         return lock
 
     def _config_text(self) -> str:
-        imports = "".join(f"# with --import {name}\n" for name in self.run.imports)
+        imports = "".join(f"# with --import {redact(name)}\n" for name in self.run.imports)
         return imports + yaml.safe_dump(redact(config_dict(self.run.config)), sort_keys=False)
 
     def _tidy(self) -> None:
