@@ -65,7 +65,7 @@ class LinearizedRelativePosition(nn.Module):
 
 
 class Attention(nn.Module, ABC):
-    """Projections, positional encoding, the operator, norm over the joined heads, gate, output projection.
+    """Projections, positional encoding, the operator, norm over the joined heads, gate if any, output projection.
 
     Kinds differ in `attend` alone: the operator, and what it is told of the sequences in a batch.
     """
@@ -78,7 +78,7 @@ class Attention(nn.Module, ABC):
         assert config.num_key_value_heads is not None
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         query, key = self.num_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.widths = (query, key, key, query)  # q, k, v and the gate u
+        self.widths = (query, key, key, *([query] if config.gate else []))  # q, k, v and the gate u
         self.qkvu_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
         self.out_proj = nn.Linear(query, config.hidden_size, bias=False)
         self.norm = SimpleRMSNorm(config.rms_norm_eps)
@@ -99,7 +99,8 @@ class Attention(nn.Module, ABC):
 
     def fixed_log_decay(self, device: torch.device) -> Tensor:
         """Made anew in every pass: a buffer would survive neither the meta device nor a cast of the module."""
-        return layer_log_decay(self.num_heads, self.layer_idx, self.config.num_hidden_layers, device)
+        layers, slopes = self.config.num_hidden_layers, self.config.decay_slopes
+        return layer_log_decay(self.num_heads, self.layer_idx, layers, device, slopes)
 
     def log_decay(self, device: torch.device) -> Tensor | None:
         """Log-decay of each head, (H,) float32, or None without decay."""
@@ -117,14 +118,14 @@ class Attention(nn.Module, ABC):
         cache: RecurrentLayer | KeyValueLayer | None = None,
     ) -> Tensor:
         """hidden_states (B, T, C), position_ids (B, T); returns (B, T, C) and moves the cache on by T tokens."""
-        q, k, v, gate = self.qkvu_proj(hidden_states).split(self.widths, dim=-1)
+        q, k, v, *gate = self.qkvu_proj(hidden_states).split(self.widths, dim=-1)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))
         q, k = F.silu(q), F.silu(k)  # (B, H, T, D), (B, G, T, D)
         if self.lrpe is not None:
             q, k = self._encode_positions(q, k, *self.lrpe(position_ids))
         o = self.attend(q, k, v, layout, cache)  # (B, H, T, D)
         o = self.norm(o.transpose(1, 2).flatten(2))  # (B, T, H·D)
-        return self.out_proj(o * gate)
+        return self.out_proj(o * gate[0] if gate else o)
 
     @staticmethod
     def _encode_positions(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

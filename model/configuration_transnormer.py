@@ -13,6 +13,7 @@ __all__ = ["TransnormerConfig", "register_mask"]
 ATTENTIONS = ("lightning", "masked")
 QK_NORMS = ("none", "l2")
 DECAYS = ("fixed", "learned", "none")
+SLOPES = (1e-30, 1e30)  # so that float32 holds the decay of every layer
 
 # Keywords that the library itself hands over, or that it wrote into a config.json.
 _LIBRARY_KEYS = {
@@ -49,7 +50,9 @@ class TransnormerConfig(PreTrainedConfig):
             from there on; or a function's name: "causal", all ones, and those of `register_mask`, which don't read
             `decay`. The future, other documents and padding never have weight.
         qk_norm: "l2" divides q and k by their length, "none" leaves them.
-        decay: slopes of the decay "fixed" (ALiBi, by layer), "learned" (starting there) or "none".
+        decay: slopes of the decay "fixed" (`decay_slopes`, by layer), "learned" (starting there) or "none".
+        decay_slopes: slope of each head, larger forgets faster; None means ALiBi's.
+        gate: multiply the normed output of the heads by a projection u of the input.
         lrpe_layers: indices of the layers with a linearized relative positional encoding.
         scale_embeddings: multiply the embeddings by sqrt(hidden_size).
         tie_word_embeddings: one matrix for the embeddings and the head.
@@ -77,6 +80,8 @@ class TransnormerConfig(PreTrainedConfig):
     mask: str = "decay"
     qk_norm: str = "none"
     decay: str = "fixed"
+    decay_slopes: list[int | float] | tuple[int | float, ...] | None = None
+    gate: bool = True
     lrpe_layers: list[int] | tuple[int, ...] = (0,)
     scale_embeddings: bool = True
     tie_word_embeddings: bool = False
@@ -99,6 +104,7 @@ class TransnormerConfig(PreTrainedConfig):
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         self.lrpe_layers = list(self.lrpe_layers)
+        self.decay_slopes = None if self.decay_slopes is None else list(self.decay_slopes)
         super().__post_init__(**kwargs)
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
@@ -132,6 +138,7 @@ class TransnormerConfig(PreTrainedConfig):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}")
         self._validate_mask()
+        self._validate_slopes()
         outside = [layer for layer in self.lrpe_layers if not 0 <= layer < self.num_hidden_layers]
         if outside:
             raise ValueError(f"lrpe_layers: expected layers from 0 to {self.num_hidden_layers - 1}, got {outside}")
@@ -155,3 +162,18 @@ class TransnormerConfig(PreTrainedConfig):
             raise ValueError(
                 f"decay: expected fixed or none with mask {self.mask!r}, which learns no decay, got 'learned'"
             )
+
+    def _validate_slopes(self) -> None:
+        if self.decay_slopes is None:
+            return
+        if self.decay == "none":
+            raise ValueError(f"decay_slopes: expected None with decay 'none', got {self.decay_slopes}")
+        if len(self.decay_slopes) != self.num_attention_heads:
+            raise ValueError(
+                f"decay_slopes: expected {self.num_attention_heads} numbers, one for each of num_attention_heads,"
+                f" got {len(self.decay_slopes)}"
+            )
+        least, most = SLOPES
+        wrong = [slope for slope in self.decay_slopes if not least <= slope <= most]
+        if wrong:
+            raise ValueError(f"decay_slopes: expected positive numbers, from {least} to {most}, got {wrong}")

@@ -1,6 +1,7 @@
 """Decay of the recurrent state: slopes of heads and layers, and powers of λ = exp(log_decay)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,11 +48,20 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
     return torch.exp2(exponent / below)
 
 
-def layer_log_decay(num_heads: int, layer: int, num_layers: int, device: torch.device | str | None = None) -> Tensor:
+def layer_log_decay(
+    num_heads: int,
+    layer: int,
+    num_layers: int,
+    device: torch.device | str | None = None,
+    slopes: Sequence[float] | None = None,
+) -> Tensor:
     """Log-decay of the heads of layer l of N, (H,) float32: `-slope_h · (1 - l/(N-1) + 1e-5)`.
 
-    Deeper layers forget less. Source: Qin et al. 2023, "TransNormerLLM", arXiv:2307.14995, eq. 6, with the offset
-    of its published code.
+    The slopes are those of H heads, by default `alibi_slopes`. Deeper layers forget less. Source: Qin et al. 2023,
+    "TransNormerLLM", arXiv:2307.14995, eq. 6, with the offset of its published code.
     """
     rate = 1 - layer / max(num_layers - 1, 1) + 1e-5
-    return -rate * alibi_slopes(num_heads, device)
+    if slopes is None:
+        return -rate * alibi_slopes(num_heads, device)
+    # Filled on the device, head by head: a copy of the list would stall a GPU in every layer of a forward pass.
+    return -rate * torch.cat([torch.full((1,), slope, dtype=torch.float32, device=device) for slope in slopes])

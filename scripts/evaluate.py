@@ -87,10 +87,10 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> "Score":
     rows = tqdm(_windows(texts, tokenizer, window), desc="evaluating", unit=" windows")
     at_once = options.batch_tokens if model.config.attention == "lightning" else 1
     batches = _packed(_up_to(rows, options.max_tokens), at_once)
-    nll, tokens, num_bytes = score(model, batches, token_byte_lengths(tokenizer), nullcontext).tolist()
+    nll, tokens, num_bytes, correct = score(model, batches, token_byte_lengths(tokenizer), nullcontext).tolist()
     if not tokens:
         raise ConfigError("nothing to evaluate: no document with text")
-    return Score(nll, int(tokens), int(num_bytes))
+    return Score(nll, int(tokens), int(num_bytes), int(correct))
 
 
 def _windows(texts: Iterable[str], tokenizer: Any, window: int) -> Iterator[list[int]]:
@@ -142,6 +142,7 @@ def _print(result: "Score", as_json: bool) -> None:
         "loss": result.loss,
         "perplexity": result.perplexity,
         "bits_per_byte": result.bits_per_byte,
+        "accuracy": result.accuracy,
         "tokens": result.tokens,
         "bytes": result.num_bytes,
     }
@@ -151,6 +152,7 @@ def _print(result: "Score", as_json: bool) -> None:
     print(f"loss: {result.loss:.4f} nats per token")
     print(f"perplexity: {result.perplexity:.2f} per token")
     print(f"bits per byte: {result.bits_per_byte:.4f}")
+    print(f"accuracy: {result.accuracy:.1%} of the tokens were the most probable ones")
     print(f"text: {result.tokens:,} tokens, {result.num_bytes:,} bytes")
 
 

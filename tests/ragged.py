@@ -1,8 +1,8 @@
 """A module for `--import`: rows lose labels, some a few at their begin and every eighth row all of them."""
 
-import training.data
+import training.batches
 
-collate = training.data.collate
+collate = training.batches.collate
 
 
 def ragged(tokens, rows, sequence_length, boundaries, joined=True):
@@ -14,4 +14,4 @@ def ragged(tokens, rows, sequence_length, boundaries, joined=True):
     return batch
 
 
-training.data.collate = ragged
+training.batches.collate = ragged

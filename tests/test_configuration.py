@@ -37,6 +37,15 @@ WRONG = [
     ("qk_norm", "l1", ValueError, "qk_norm: expected one of none, l2, got 'l1'"),
     ("qk_norm", True, TypeError, "qk_norm"),
     ("decay", "alibi", ValueError, "decay: expected one of fixed, learned, none, got 'alibi'"),
+    ("decay_slopes", [0.5], ValueError, "decay_slopes: expected 4 numbers, one for each of num_attention_heads, got 1"),
+    ("decay_slopes", [], ValueError, "decay_slopes: expected 4 numbers, one for each of num_attention_heads, got 0"),
+    ("decay_slopes", [1, 0, -0.5, 1], ValueError, "positive numbers, from 1e-30 to 1e+30, got [0, -0.5]"),
+    ("decay_slopes", [float("nan"), 1, float("inf"), 10**400], ValueError, "decay_slopes: expected positive numbers"),
+    ("decay_slopes", [1, 1, 1, True], TypeError, "decay_slopes"),
+    ("decay_slopes", [1, 1, 1, "1"], TypeError, "decay_slopes"),
+    ("decay_slopes", 0.5, TypeError, "decay_slopes"),
+    ("gate", 1, TypeError, "gate"),
+    ("gate", None, TypeError, "gate"),
     ("lrpe_layers", [2], ValueError, "lrpe_layers: expected layers from 0 to 1, got [2]"),
     ("lrpe_layers", [-1], ValueError, "lrpe_layers: expected layers from 0 to 1, got [-1]"),
     ("lrpe_layers", ["first"], TypeError, "lrpe_layers"),
@@ -65,6 +74,8 @@ CHANGES: dict[str, Any] = {
     "mask": "causal",
     "qk_norm": "l2",
     "decay": "none",
+    "decay_slopes": [2.0, 0.5, 0.1, 0.01],
+    "gate": False,
     "lrpe_layers": [1],
     "scale_embeddings": False,
     "tie_word_embeddings": True,
@@ -80,6 +91,11 @@ def test_refuses_a_wrong_value_and_names_it(field: str, value: Any, error: type[
     with pytest.raises((error, StrictDataclassError)) as caught:
         tiny_config(**{field: value})
     assert message in str(caught.value)
+
+
+def test_refuses_slopes_of_no_decay() -> None:
+    with pytest.raises((ValueError, StrictDataclassError), match=r"decay_slopes: expected None with decay 'none'"):
+        tiny_config(decay="none", decay_slopes=[1, 1, 1, 1])
 
 
 def test_refuses_a_wrong_value_from_a_file(tmp_path: Any) -> None:
@@ -99,7 +115,8 @@ def test_derived_fields() -> None:
 
 @pytest.mark.parametrize("road", ["file", "dict", "deepcopy", "pickle"])
 def test_survives(road: str, tmp_path: Any) -> None:
-    config = tiny_config("gqa-l2-learned-tied", dtype="bfloat16", eos_token_id=[2, 5])
+    changes: dict[str, Any] = {"decay_slopes": (1, 0.5, 0.25, 0.1), "gate": False}
+    config = tiny_config("gqa-l2-learned-tied", dtype="bfloat16", eos_token_id=[2, 5], **changes)
     if road == "file":
         config.save_pretrained(tmp_path)
         again = AutoConfig.from_pretrained(tmp_path)
@@ -112,6 +129,7 @@ def test_survives(road: str, tmp_path: Any) -> None:
     assert type(again) is TransnormerConfig
     assert again.to_diff_dict() == config.to_diff_dict()
     assert again.eos_token_id == [2, 5]
+    assert (again.decay_slopes, again.gate) == ([1, 0.5, 0.25, 0.1], False)
     assert again.dtype == torch.bfloat16
 
 
@@ -173,3 +191,25 @@ def test_published_decays_of_eight_heads() -> None:
     for layer, rate in enumerate((1 + 1e-5, 0.5 + 1e-5, 1e-5)):
         expected = torch.tensor([-(2.0**-h) * rate for h in range(1, 9)])
         torch.testing.assert_close(model.model.layers[layer].token_mixer.log_decay(torch.device("cpu")), expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"decay": "learned"},
+        {"attention": "masked"},
+        {"attention": "masked", "decay": "learned"},
+        {"attention": "masked", "mask": "learned", "max_position_embeddings": 5},
+    ],
+    ids=str,
+)
+def test_given_slopes_are_those_of_every_kind(changes: dict[str, Any]) -> None:
+    slopes = [2, 0.5, 0.1, 0.01]
+    model = TransnormerForCausalLM(tiny_config(num_hidden_layers=3, decay_slopes=slopes, **changes))
+    for layer, rate in zip(model.model.layers, (1 + 1e-5, 0.5 + 1e-5, 1e-5), strict=True):
+        expected = -torch.tensor(slopes) * rate
+        torch.testing.assert_close(layer.token_mixer.log_decay(torch.device("cpu")), expected)
+        if "mask" in changes:
+            weights = (expected[:, None] * torch.arange(5)).exp()
+            torch.testing.assert_close(layer.token_mixer.mask_weights.detach(), weights)

@@ -18,20 +18,10 @@ import pytest
 import torch
 from filelock import FileLock
 
+from training.batches import BatchOrder, batch_sha, collate, evaluation_batches
 from training.config import Config, DataConfig, TokenizerConfig
 from training.corpus import open_corpus
-from training.data import (
-    BatchOrder,
-    PackedTokens,
-    _open_tokens,
-    _pack,
-    _read_meta,
-    batch_sha,
-    collate,
-    cut,
-    evaluation_batches,
-    prepare,
-)
+from training.data import PackedTokens, _open_tokens, _pack, _read_meta, cut, prepare
 from training.errors import DataError, ResourceError
 from training.progress import working
 from training.tokenizer import load_sentencepiece

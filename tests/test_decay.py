@@ -41,6 +41,17 @@ def test_one_head_and_one_layer_divide_by_nothing() -> None:
     assert layer_log_decay(1, 0, 1).tolist() == pytest.approx([-(2**-8) * (1 + 1e-5)])
 
 
+def test_given_slopes_take_the_place_of_alibis() -> None:
+    slopes = [3, 0.5, 1e-30]
+    for layer, rate in enumerate((1 + 1e-5, 0.5 + 1e-5, 1e-5)):
+        decays = layer_log_decay(3, layer, 3, slopes=slopes)
+        assert decays.dtype == torch.float32
+        assert decays.tolist() == pytest.approx([-slope * rate for slope in slopes], rel=1e-6, abs=0)
+    assert layer_log_decay(1, 0, 1, "meta", (0.25,)).shape == (1,)
+    own = alibi_slopes(6)
+    assert torch.equal(layer_log_decay(6, 1, 4, slopes=own.tolist()), layer_log_decay(6, 1, 4))
+
+
 def test_powers() -> None:
     log_decay = torch.tensor([0.0, -0.5, -50.0, -math.inf], dtype=torch.float64)
     exponents = torch.tensor([[0, 1], [2, 1000]])

@@ -13,8 +13,10 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from model_cases import random_ids, tiny_model
 
 from training.config import TrackingConfig
 from training.errors import CheckpointError, ConfigError
@@ -27,6 +29,7 @@ from training.metrics import (
     mfu,
     peak_flops,
     read_records,
+    state_size,
 )
 from training.redaction import REDACTED, redact, redact_arguments
 from training.trackers import check_trackers, open_trackers
@@ -46,7 +49,13 @@ RECORD = StepRecord(
     batch_sha="ab",
 )
 EVALUATION = EvaluationRecord(
-    step=1, tokens=64, validation_loss=3.0, perplexity=math.exp(3), bits_per_byte=1.2, sample="def f():\n\tπ = '\u2028'"
+    step=1,
+    tokens=64,
+    validation_loss=3.0,
+    perplexity=math.exp(3),
+    bits_per_byte=1.2,
+    accuracy=0.4,
+    sample="def f():\n\tπ = '\u2028'",
 )
 
 
@@ -69,7 +78,8 @@ def test_lines_hold_exactly_the_documented_keys(tmp_path: Path) -> None:
     assert list(json.loads(line)) == keys.split()
     assert json.loads(line) == asdict(RECORD)
     evaluation = json.loads((tmp_path / "evaluations.jsonl").read_text())
-    assert list(evaluation) == ["step", "tokens", "validation_loss", "perplexity", "bits_per_byte", "sample"]
+    keys = "step tokens validation_loss perplexity bits_per_byte accuracy sample"
+    assert list(evaluation) == keys.split()
     assert evaluation == asdict(EVALUATION)
 
 
@@ -136,6 +146,7 @@ def shape(**changes: object) -> SimpleNamespace:
         "vocab_size": 100,
         "lrpe_layers": [],
         "attention": "lightning",
+        "gate": True,
         "max_position_embeddings": 50,
     }
     return SimpleNamespace(**{**values, **changes})
@@ -147,12 +158,30 @@ def test_flops_are_those_counted_by_hand() -> None:
     assert flops_per_token(shape()) == 3 * forward
     one_key_head = forward - 2 * 3 * 2 * 32
     assert flops_per_token(shape(num_key_value_heads=1)) == 3 * one_key_head
+    assert flops_per_token(shape(gate=False)) == 3 * (forward - 2 * 3 * 64)
+    assert flops_per_token(shape(gate=False, num_key_value_heads=1)) == 3 * (one_key_head - 2 * 3 * 64)
     assert flops_per_token(shape(lrpe_layers=[0, 2])) == 3 * (forward + 2 * 128)
     assert flops_per_token(shape(head_dim=4, num_key_value_heads=2)) == 3 * forward
     # In place of the state 50 scores and 50 weighed values a head, of width 4.
     masked = 2 * (3 * (5 * 64 + 3 * 96) + 800) + 3 * 2 * (2 * 4 * 50 + 2 * 4 * 50)
     assert flops_per_token(shape(attention="masked")) == 3 * masked
     assert flops_per_token(shape(attention="masked", lrpe_layers=[1])) == 3 * (masked + 2 * 2 * 4 * 50)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_flops_count_every_weight_twice_and_the_mixing(gate: bool) -> None:
+    model = tiny_model(num_key_value_heads=2, lrpe_layers=[], gate=gate)
+    weights = sum(x.numel() for x in model.parameters()) - model.model.embed_tokens.weight.numel()
+    assert flops_per_token(model.config) == 3 * (2 * weights + 2 * 4 * 4 * 8 * 8)
+
+
+@pytest.mark.parametrize("attention", ["lightning", "masked"])
+@pytest.mark.parametrize("shape_of", [{}, {"num_key_value_heads": 2, "lrpe_layers": [1, 1], "head_dim": 6}], ids=str)
+def test_the_state_is_as_large_as_a_cache(attention: str, shape_of: dict[str, Any]) -> None:
+    model = tiny_model(attention=attention, num_hidden_layers=3, max_position_embeddings=7, **shape_of)
+    layers = model(random_ids(2, 7), use_cache=True).past_key_values.layers
+    held = sum(getattr(layer, name).numel() for layer in layers for name in layer.tensors)
+    assert state_size(model.config) == held / 2  # of two sequences
 
 
 def test_flops_of_a_large_model_are_near_six_times_its_weights() -> None:
@@ -289,7 +318,8 @@ from training.trackers import open_trackers
 
 secret = sys.argv[2]
 config = {"hub": {"token": secret, "url": f"https://user:{secret[3:]}@host/x"}, "data": {"token_budget": 987654321}}
-trackers = open_trackers(TrackingConfig(wandb="auto", tensorboard=True), Path(sys.argv[3]), config, sys.argv[4], 2)
+tracking = TrackingConfig(wandb="auto", wandb_group=f"slow variant {secret}", tensorboard=True)
+trackers = open_trackers(tracking, Path(sys.argv[3]), config, sys.argv[4], 2)
 trackers.log(3, {"loss": 2.5, "mfu": None, "grad_norm": float("nan")})
 trackers.log_text(3, "sample", "def f(<x>):\\n    pass")
 trackers.close()
@@ -325,7 +355,7 @@ def test_auto_without_a_key_stays_offline_and_keeps_secrets_out(tmp_path: Path, 
     (folder,) = (out / "wandb").glob("offline-run-*-0123abcd")
     (record,) = folder.glob("*.wandb")
     assert b"987654321" in record.read_bytes()
-    assert REDACTED.encode() in record.read_bytes()
+    assert f"slow variant {REDACTED}".encode() in record.read_bytes()
     for path in out.rglob("*"):
         assert not path.is_file() or SECRET[3:].encode() not in path.read_bytes(), path
     check_tensorboard(out / "tensorboard")

@@ -37,8 +37,8 @@ def logits_by_the_equations(model: TransnormerForCausalLM, ids: Tensor) -> Tenso
     x = w["model.embed_tokens.weight"][ids] * (math.sqrt(config.hidden_size) if config.scale_embeddings else 1)
     for i in range(config.num_hidden_layers):
         p = f"model.layers.{i}."
-        widths = [heads * width, groups * width, groups * width, heads * width]
-        q, k, v, u = (norm(x) @ w[p + "token_mixer.qkvu_proj.weight"].T).split(widths, -1)
+        widths = [heads * width, groups * width, groups * width, *([heads * width] if config.gate else [])]
+        q, k, v, *u = (norm(x) @ w[p + "token_mixer.qkvu_proj.weight"].T).split(widths, -1)
         q, k, v = split(F.silu(q)), split(F.silu(k)), split(v)
         k, v = (y.repeat_interleave(heads // groups, 1) for y in (k, v))
         if i in config.lrpe_layers:
@@ -46,10 +46,12 @@ def logits_by_the_equations(model: TransnormerForCausalLM, ids: Tensor) -> Tenso
             theta = (10_000 ** (-2 * channel / (heads * width))).view(heads, 1, width)
             angle = theta * torch.arange(ids.shape[1])[:, None]
             q, k = (torch.cat([y * angle.cos(), y * angle.sin()], -1) for y in (q, k))
-        slopes = torch.tensor([2 ** (-8 * (h + 1) / heads) for h in range(heads)], dtype=torch.float64)  # H = 2^n
+        alibi = [2 ** (-8 * (h + 1) / heads) for h in range(heads)]  # H = 2^n
+        slopes = torch.tensor(config.decay_slopes or alibi, dtype=torch.float64)
         decay = None if config.decay == "none" else -slopes * (1 - i / (config.num_hidden_layers - 1) + 1e-5)
         o, _ = recurrent(q, k, v, decay, config.qk_norm == "l2")
-        x = x + (norm(o.transpose(1, 2).flatten(2)) * u) @ w[p + "token_mixer.out_proj.weight"].T
+        o = norm(o.transpose(1, 2).flatten(2))
+        x = x + (o * u[0] if config.gate else o) @ w[p + "token_mixer.out_proj.weight"].T
         y = norm(x)
         y = (y @ w[p + "channel_mixer.l1.weight"].T) * (y @ w[p + "channel_mixer.l2.weight"].T)
         x = x + y @ w[p + "channel_mixer.l3.weight"].T
@@ -63,6 +65,19 @@ def test_equals_the_published_equations(variant: str) -> None:
     logits = model(ids).logits
     assert_near(logits, logits_by_the_equations(model, ids))
     assert logits.std() > 0.3  # or the tolerance would mean nothing
+
+
+@torch.no_grad()
+def test_without_a_gate_only_its_projection_is_missing() -> None:
+    ids = random_ids(1, 20)
+    gated = {name: tuple(x.shape) for name, x in tiny_model(num_key_value_heads=2).named_parameters()}
+    model = tiny_model(num_key_value_heads=2, gate=False)
+    for name, x in model.named_parameters():
+        rows = 32 + 16 + 16 if name.endswith("qkvu_proj.weight") else gated[name][0]
+        assert tuple(x.shape) == (rows, *gated[name][1:])
+    assert len(gated) == len(list(model.parameters()))
+    out = model(ids[:, :-1])
+    assert_near(model(ids[:, -1:], past_key_values=out.past_key_values).logits[:, 0], model(ids).logits[:, -1])
 
 
 @all_variants
@@ -258,7 +273,7 @@ def test_gradient_checkpointing_refuses_a_cache() -> None:
 
 
 def test_every_parameter_learns(device: torch.device) -> None:
-    for variant in ("mha-lrpe-fixed", "one-head-learned", "gqa-l2-learned-tied"):
+    for variant in ("mha-lrpe-fixed", "one-head-learned", "gqa-l2-learned-tied", "gqa-slopes-no-gate"):
         model, ids = tiny_model(variant, device).train(), random_ids(2, 40, device=device)
         model(ids, labels=ids).loss.backward()
         assert all(torch.isfinite(grad).all() and grad.abs().max() > 0 for grad in gradients(model))
@@ -453,7 +468,7 @@ def test_autocast_generates_as_it_runs(device: torch.device) -> None:
         assert_near(step.logits[:, 0], model(ids).logits[:, -1], 0.1)
 
 
-@pytest.mark.parametrize("variant", ["mha-lrpe-fixed", "gqa-l2-learned-tied"])
+@pytest.mark.parametrize("variant", ["mha-lrpe-fixed", "gqa-l2-learned-tied", "gqa-slopes-no-gate"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiled_in_one_graph(variant: str, packed: bool, device: torch.device) -> None:
     torch.compiler.reset()

@@ -82,7 +82,7 @@ model = AutoModelForCausalLM.from_pretrained("wave", trust_remote_code=True)
 save_file({"logits": model(ids).logits.detach()}, "wave.safetensors")
 """
 
-VARIANTS = ["mha-lrpe-fixed", "gqa-l2-learned-tied"]
+VARIANTS = ["mha-lrpe-fixed", "gqa-l2-learned-tied", "gqa-slopes-no-gate"]
 CODE = {
     "attention_transnormer.py",
     "blockwise.py",
@@ -110,7 +110,7 @@ IDS = random_ids(2, 20)
 
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """The folder in which a stranger's process ran, and what it found for the checkpoints 0/model and 1/model."""
+    """The folder in which a stranger's process ran, and what it found for each checkpoint NUMBER/model."""
     folder = tmp_path_factory.mktemp("stranger")
     checkpoints = [folder / str(i) / "model" for i in range(len(VARIANTS))]  # every run names its folder alike
     for variant, checkpoint in zip(VARIANTS, checkpoints, strict=True):

@@ -54,6 +54,7 @@ def test_canaries_of_a_run_are_in_none_of_its_files(tmp_path: Path) -> None:
         "--tracking.wandb=offline",
         "--tracking.tensorboard=true",
         f"--tracking.wandb_project=of-{ENVIRONMENT['serviceApiKey']}",
+        f"--tracking.wandb_group=of-{ENVIRONMENT['serviceApiKey']}",
         "--training.sample_prompt",
         f"{ENVIRONMENT['OTHER_CREDENTIALS']} {ENVIRONMENT['WANDB_API_KEY']} {GIVEN['key']}",
         "--data.revision",

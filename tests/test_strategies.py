@@ -11,8 +11,9 @@ from fault_runs import ROOT, Template, lines
 from safetensors.torch import load_file
 
 from model import TransnormerConfig, TransnormerForCausalLM
+from training.batches import BatchOrder, collate
 from training.config import load_config
-from training.data import BatchOrder, collate, prepare
+from training.data import prepare
 from training.manifest import list_checkpoints, verify_checkpoint
 
 pytestmark = pytest.mark.faults

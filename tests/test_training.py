@@ -96,6 +96,7 @@ def test_a_run_from_config_to_checkpoint(arguments, tmp_path, capsys):
     assert [line["step"] for line in evaluations] == [20, 40]
     assert evaluations[-1]["validation_loss"] < 4.5
     assert 0 < evaluations[-1]["bits_per_byte"] < 8
+    assert 0 < evaluations[-1]["accuracy"] < 1
     assert evaluations[-1]["sample"].startswith("def ")
     assert exit_record(out) == {"exit_code": 0, "reason": "done"}
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -128,17 +129,20 @@ def independent_scores(folder: Path, text: str, window: int) -> dict:
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    nll = 0.0
+    nll, correct = 0.0, 0
     for first in range(0, len(ids) - 1, window):
         piece = torch.tensor([ids[first : first + window + 1]])
         with torch.no_grad():
-            nll += model(piece, labels=piece).loss.item() * (piece.numel() - 1)
+            output = model(piece, labels=piece)
+        nll += output.loss.item() * (piece.numel() - 1)
+        correct += int((output.logits[0, :-1].argmax(-1) == piece[0, 1:]).sum())
     tokens, num_bytes = len(ids) - 1, len(text.encode())
     loss = nll / tokens
     return {
         "loss": loss,
         "perplexity": exp(loss),
         "bits_per_byte": nll / log(2) / num_bytes,
+        "accuracy": correct / tokens,
         "tokens": tokens,
         "bytes": num_bytes,
     }

@@ -36,7 +36,9 @@ class ModelConfig:
         mask: weights of attention "masked": "decay", "learned" (by distance, starting at the decay), "causal" (ones),
             or the name of a function that `model.register_mask` was given, by a module that `--import` names.
         qk_norm: divide q and k by their length ("l2") or not ("none").
-        decay: slopes of the decay "fixed" (ALiBi), "learned" (starting there) or "none".
+        decay: slopes of the decay "fixed" (`decay_slopes`), "learned" (starting there) or "none".
+        decay_slopes: slope of each head, larger forgets faster; null means ALiBi's.
+        gate: multiply the normed output of the heads by a projection of the input.
         lrpe_layers: indices of the layers with a linearized relative positional encoding.
         scale_embeddings: multiply the embeddings by sqrt(hidden_size).
         tie_word_embeddings: use one matrix for the embeddings and the head.
@@ -54,6 +56,8 @@ class ModelConfig:
     mask: str = "decay"
     qk_norm: Literal["none", "l2"] = "none"
     decay: Literal["fixed", "learned", "none"] = "fixed"
+    decay_slopes: list[float] | None = None
+    gate: bool = True
     lrpe_layers: list[int] = field(default_factory=lambda: [0])
     scale_embeddings: bool = True
     tie_word_embeddings: bool = False
@@ -81,7 +85,8 @@ class DataConfig:
     """Where documents come from and how they are packed.
 
     Args:
-        corpus: "python-stdlib" (sources of the running Python), local "text", "jsonl" or "parquet", or "hub".
+        corpus: "python-stdlib" (sources of the running Python), local "text", "jsonl" or "parquet", "hub", or "recall",
+            generated rows of multi-query associative recall, of which the answers alone are predicted.
         paths: files, globs or folders of a local corpus; each text file is one document.
         validation_paths: the same for validation; empty takes a share of the documents of `paths`.
         text_column: column or JSON key that holds the text (jsonl, parquet, hub).
@@ -93,13 +98,17 @@ class DataConfig:
         validation_split: its split for validation; null takes a share of the documents of `split`.
         validation_share: share of documents held out for validation where no split or path is named.
         token_budget: stop preparing after this many training tokens; null takes all.
+        recall_pairs: key-value pairs N of a row of corpus recall, each key asked for once.
+        recall_symbols: different keys and values, half of each; its tokenizer has these, and 261 other pieces.
+        recall_examples: rows for training; `validation_share` of that number, others, are for validation.
+        recall_power: a question x places behind the pairs weighs x^(recall_power - 1); 1 spreads them evenly.
         document_boundaries: reset the recurrent state at each document instead of reading across.
         sequence_length: tokens T in a row of a batch.
         num_proc: threads that tokenize; null means one a core.
         cache_dir: folder of prepared token files and trained tokenizers.
     """
 
-    corpus: Literal["python-stdlib", "text", "jsonl", "parquet", "hub"] = "python-stdlib"
+    corpus: Literal["python-stdlib", "text", "jsonl", "parquet", "hub", "recall"] = "python-stdlib"
     paths: list[str] = field(default_factory=list)
     validation_paths: list[str] = field(default_factory=list)
     text_column: str = "text"
@@ -111,6 +120,10 @@ class DataConfig:
     validation_split: str | None = None
     validation_share: float = 0.01
     token_budget: int | None = None
+    recall_pairs: int = 16
+    recall_symbols: int = 8187
+    recall_examples: int = 100_000
+    recall_power: float = 0.01
     document_boundaries: bool = True
     sequence_length: int = 512
     num_proc: int | None = None
@@ -207,11 +220,13 @@ class TrackingConfig:
     Args:
         wandb: "off", "online", "offline", or "auto": online with a key, else offline.
         wandb_project: project name.
+        wandb_group: group of the run on wandb, such as the variant of an experiment.
         tensorboard: write TensorBoard event files under OUT/tensorboard.
     """
 
     wandb: Literal["off", "auto", "online", "offline"] = "off"
     wandb_project: str = "transnormer"
+    wandb_group: str | None = None
     tensorboard: bool = False
 
 
@@ -340,6 +355,8 @@ def _lower_bounds(config: Config) -> list[tuple[str, float | None, float]]:
         ("tokenizer.sample_bytes", config.tokenizer.sample_bytes, 1),
         ("data.sequence_length", config.data.sequence_length, 1),
         ("data.token_budget", config.data.token_budget, 1),
+        ("data.recall_pairs", config.data.recall_pairs, 1),
+        ("data.recall_power", config.data.recall_power, 0),
         ("data.num_proc", config.data.num_proc, 1),
         ("training.cpu_threads", config.training.cpu_threads, 1),
         ("optim.warmup_steps", config.optim.warmup_steps, 0),
@@ -478,6 +495,7 @@ def _in_words(kind: Any) -> str:
     """What a value of a type looks like."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     words |= {list[str]: """a list like '["one", "two"]'""", list[int]: "a list like [0, 1]"}
+    words |= {list[float]: "a list like [0.5, 0.25]"}
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     return words.get(kind) or " or ".join(map(_in_words, get_args(kind)))

@@ -127,7 +127,7 @@ def open_corpus(config: DataConfig) -> Corpus:
         ConfigError: an option is missing or does not fit the kind of corpus.
         DataError: a path, a dataset or the hub can't be reached.
     """
-    _check_options(config)
+    check_options(config)
     validation: Source | None = None
     if config.corpus == "hub":
         name = f"dataset {config.dataset}"
@@ -135,6 +135,8 @@ def open_corpus(config: DataConfig) -> Corpus:
         train = _hub_source(config, version, config.split)
         if config.validation_split is not None:
             validation = _hub_source(config, version, config.validation_split)
+    elif config.corpus == "recall":
+        raise ConfigError("data.corpus: expected one of documents, got recall, whose rows are generated without text")
     elif config.corpus == "python-stdlib":
         name = "corpus python-stdlib"
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -163,7 +165,8 @@ _LOCAL = ("text", "jsonl", "parquet")
 _CORPORA_OF = {"paths": _LOCAL, "validation_paths": _LOCAL, "dataset": ("hub",), "validation_split": ("hub",)}
 
 
-def _check_options(config: DataConfig) -> None:
+def check_options(config: DataConfig) -> None:
+    """Refuse options that do not fit the kind of corpus with a ConfigError."""
     for key, corpora in _CORPORA_OF.items():
         if getattr(config, key) and config.corpus not in corpora:
             raise ConfigError(f"data.{key}: expected data.corpus {' or '.join(corpora)}, got {config.corpus}")
@@ -172,7 +175,7 @@ def _check_options(config: DataConfig) -> None:
             raise ConfigError("data.dataset: expected the name of a dataset for data.corpus hub, got none")
         if config.streaming and config.token_budget is None:
             raise ConfigError("data.token_budget: expected a number of tokens for data.streaming true, got null")
-    elif config.corpus != "python-stdlib" and not config.paths:
+    elif config.corpus in _LOCAL and not config.paths:
         raise ConfigError(f"data.paths: expected files or folders for data.corpus {config.corpus}, got none")
 
 

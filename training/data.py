@@ -1,4 +1,4 @@
-"""Batches of tokens: documents packed into one file for each side, and the rows that a step reads from it."""
+"""Tokens of a run: documents packed into one file for each side, made once; or generated ones."""
 
 import hashlib
 import json
@@ -6,27 +6,24 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 from training.config import Config
-from training.corpus import Corpus, Skipped, Split, open_corpus
+from training.corpus import Corpus, Skipped, Split, check_options, open_corpus
 from training.errors import DataError
-from training.processes import Processes
 from training.progress import build_once, working
-from training.tokenizer import MODEL_FILE, SPACE, load_sentencepiece, resolve_tokenizer
+from training.recall import Rows, check_recall, recall_rows, symbols_of
+from training.tokenizer import MODEL_FILE, SPACE, character_tokenizer, load_sentencepiece, resolve_tokenizer
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 _FORMAT = 1
 _PIECE = 65_536  # characters that one thread encodes at once
 _GROUP = 4 * _PIECE  # characters in flight for each thread: a fraction of a second
-_IGNORED = -100  # label that the loss leaves out
 
 
 @dataclass(frozen=True)
@@ -37,11 +34,13 @@ class PackedTokens:
         ids: (n,) uint16 or uint32, mapped from the file.
         offsets: (documents + 1,) int64 begin of each document, and n.
         num_bytes: UTF-8 bytes of the documents.
+        predicted: (n,) bool, which ids are predicted; None where all are.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
     num_bytes: int
+    predicted: np.ndarray | None = None
 
     @property
     def documents(self) -> int:
@@ -79,14 +78,61 @@ def prepare(config: Config) -> Prepared:
     """Return the tokens of `config`, made once in `data.cache_dir` whichever process comes first.
 
     Raises:
+        ConfigError: options of the corpus don't fit each other.
         DataError: documents, tokenizer or token file can't be used, or hold less than one row.
         ResourceError: the disk is full.
     """
+    return _generate(config) if config.data.corpus == "recall" else _prepare_documents(config)
+
+
+def _generate(config: Config) -> Prepared:
+    """Make the rows of associative recall; quick enough to be made anew by each process."""
+    check_options(config.data)
+    check_recall(config.data)
+    symbols = symbols_of(config.data)
+    tokenizer_folder = character_tokenizer(config, "".join(symbols))
+    processor = load_sentencepiece(tokenizer_folder)
+    ids = np.array(processor.piece_to_id(list("".join(symbols))))
+    examples = config.data.recall_examples
+    train, validation = (
+        _generated(recall_rows(config.data, stream, count), ids, processor.eos_id())
+        for stream, count in enumerate((examples, max(1, round(config.data.validation_share * examples))))
+    )
+    identity = hashlib.sha256()
+    for tokens in (train, validation):
+        identity.update(tokens.ids.data)
+    return Prepared(
+        train,
+        validation,
+        tokenizer_folder,
+        identity.hexdigest()[:32],
+        _model_hash(tokenizer_folder),
+        processor.get_piece_size(),
+        skipped={},
+    )
+
+
+def _generated(rows: Rows, ids: np.ndarray, end: int) -> PackedTokens:
+    """Pack rows as documents of T tokens without bos, and one `end` that gives the last token a successor."""
+    count, length = rows.symbols.shape
+    return PackedTokens(
+        ids=np.append(ids[rows.symbols], end).astype("<u2"),
+        offsets=np.append(np.arange(count + 1) * length, count * length + 1),
+        num_bytes=3 * count * length,  # of each symbol in UTF-8
+        predicted=np.append(rows.answers, False),
+    )
+
+
+def _model_hash(tokenizer_folder: Path) -> str:
+    return hashlib.sha256((tokenizer_folder / MODEL_FILE).read_bytes()).hexdigest()
+
+
+def _prepare_documents(config: Config) -> Prepared:
     length, budget = config.data.sequence_length, config.data.token_budget
     corpus = open_corpus(config.data)
     tokenizer_folder = resolve_tokenizer(config, corpus)
     processor = load_sentencepiece(tokenizer_folder)
-    model_hash = hashlib.sha256((tokenizer_folder / MODEL_FILE).read_bytes()).hexdigest()
+    model_hash = _model_hash(tokenizer_folder)
     identity = [_FORMAT, corpus.identity, model_hash, budget]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     folder = Path(config.data.cache_dir) / "tokens" / fingerprint
@@ -278,121 +324,3 @@ def _open_tokens(folder: Path, meta: dict, split: Split) -> PackedTokens:
         offsets=np.memmap(offsets, "<i8", mode="r"),
         num_bytes=meta[split]["bytes"],
     )
-
-
-@lru_cache(maxsize=2)
-def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """Return (num_rows,) int64; numpy keeps the raw stream of Philox, unlike `permutation`, between versions."""
-    raw = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(num_rows)
-    return np.argsort(raw, kind="stable")
-
-
-@dataclass(frozen=True)
-class BatchOrder:
-    """Which rows a step reads: one permutation of all rows after another, whatever came before.
-
-    Args:
-        num_rows: rows of the token file.
-        batch_size: rows of a global batch.
-        seed: of the permutations.
-    """
-
-    num_rows: int
-    batch_size: int
-    seed: int
-
-    def rows(self, step: int) -> np.ndarray:
-        """Return (batch_size,) int64 rows of the batch at `step`, counted from 0; it may run across epochs."""
-        epochs, places = np.divmod(np.arange(self.batch_size) + step * self.batch_size, self.num_rows)
-        rows = np.empty(self.batch_size, np.int64)
-        for epoch in np.unique(epochs):
-            rows[epochs == epoch] = _permutation(self.num_rows, self.seed, int(epoch))[places[epochs == epoch]]
-        return rows
-
-    def epoch(self, step: int) -> float:
-        """Return how many times the data was read before `step`."""
-        return step * self.batch_size / self.num_rows
-
-
-def batch_sha(ids: np.ndarray) -> str:
-    """Return the sha256 of ids in sample order, as little-endian uint32."""
-    return hashlib.sha256(np.ascontiguousarray(ids, "<u4").data).hexdigest()
-
-
-def collate(
-    tokens: PackedTokens, rows: np.ndarray, sequence_length: int, boundaries: bool, joined: bool = True
-) -> dict[str, torch.Tensor]:
-    """Return the inputs and shifted labels of b rows of T tokens.
-
-    With `boundaries` a label that belongs to the next document is -100, and positions start at 0 in each row and
-    document. `joined` rows lie one after the other: input_ids, shift_labels and position_ids (1, b T) int64, and
-    cu_seq_lens_q (N + 1,) int32, begins of the N rows and documents, and b T. Else input_ids, shift_labels and
-    position_ids are (b, T): what attention takes whose time grows with the square of a row. Without boundaries:
-    input_ids and shift_labels (b, T).
-    """
-    places = rows[:, None] * sequence_length + np.arange(sequence_length + 1)  # (b, T + 1)
-    ids = torch.from_numpy(tokens.ids[places].astype(np.int64))
-    inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()  # (b, T)
-    if not boundaries:
-        return {"input_ids": inputs, "shift_labels": labels}
-    document = np.searchsorted(tokens.offsets, places, side="right")  # (b, T + 1)
-    target_begins = document[:, 1:] != document[:, :-1]  # (b, T)
-    begins = np.ones_like(target_begins)
-    begins[:, 1:] = target_begins[:, :-1]
-    starts = np.flatnonzero(begins)  # (N,)
-    lengths = np.diff(starts, append=begins.size)
-    batch = {
-        "input_ids": inputs,
-        "shift_labels": labels.masked_fill(torch.from_numpy(target_begins), _IGNORED),
-        "position_ids": torch.from_numpy(np.arange(begins.size) - np.repeat(starts, lengths)).view_as(inputs),
-    }
-    if not joined:
-        return batch
-    bounds = torch.from_numpy(np.append(starts, begins.size).astype(np.int32))
-    return {**{name: x.view(1, -1) for name, x in batch.items()}, "cu_seq_lens_q": bounds}
-
-
-class Batch(NamedTuple):
-    """What a process runs in a step, and what all processes know of the global batch."""
-
-    micro_batches: list[dict[str, torch.Tensor]]
-    labels: int  # predicted tokens of the global batch
-    sha: str
-
-
-def step_batch(
-    config: Config, tokens: PackedTokens, order: BatchOrder, step: int, processes: Processes, micro_batches: int
-) -> Batch:
-    """Return the global batch of a step, a function of seed and step alone; a process keeps its share of the rows."""
-    length, boundaries = config.data.sequence_length, config.data.document_boundaries
-    rows = order.rows(step)
-    whole = collate(tokens, rows, length, boundaries)
-    labels = int((whole["shift_labels"] >= 0).sum())
-    mine = np.array_split(rows, processes.count)[processes.rank]
-    joined = config.model.attention == "lightning"
-    parts = [collate(tokens, part, length, boundaries, joined) for part in np.array_split(mine, micro_batches)]
-    return Batch(parts, labels, batch_sha(whole["input_ids"].numpy()))
-
-
-def without_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a batch in which nothing is predicted: for a process that only keeps others company."""
-    return batch | {"shift_labels": torch.full_like(batch["shift_labels"], _IGNORED)}
-
-
-def evaluation_batches(
-    tokens: PackedTokens,
-    sequence_length: int,
-    micro_batch_size: int,
-    max_tokens: int,
-    boundaries: bool,
-    joined: bool = True,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield rows spread evenly over the tokens, the same every time, `micro_batch_size` at a time.
-
-    They hold at most `max_tokens` tokens, but at least one row.
-    """
-    available = tokens.num_rows(sequence_length)
-    count = min(available, max(1, max_tokens // sequence_length))
-    rows = np.arange(count) * available // count
-    for first in range(0, count, micro_batch_size):
-        yield collate(tokens, rows[first : first + micro_batch_size], sequence_length, boundaries, joined)

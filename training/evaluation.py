@@ -13,16 +13,23 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over predicted tokens: negative log-likelihood in nats, tokens, and the UTF-8 bytes they stand for."""
+    """Sums over predicted tokens: negative log-likelihood in nats, tokens, the UTF-8 bytes they stand for, and how many
+    of them were the most probable ones."""
 
     nll: float
     tokens: int
     num_bytes: int
+    correct: int
 
     @property
     def loss(self) -> float:
         """Mean negative log-likelihood, nats per token."""
         return self.nll / max(self.tokens, 1)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the tokens that the model held the most probable ones."""
+        return self.correct / max(self.tokens, 1)
 
     @property
     def perplexity(self) -> float:
@@ -42,7 +49,7 @@ def score(
     byte_lengths: np.ndarray,
     precision: Callable[[], AbstractContextManager],
 ) -> Tensor:
-    """Sum over batches: a float64 tensor (nll, tokens, bytes), which processes may add up.
+    """Sum over batches: a float64 tensor (nll, tokens, bytes, correct), which processes may add up; see `Score`.
 
     Args:
         model: a causal language model; it is left in the mode it was in.
@@ -52,17 +59,23 @@ def score(
     """
     device = next(model.parameters()).device
     lengths = torch.from_numpy(byte_lengths).to(device)
-    total = torch.zeros(3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    total = torch.zeros(4, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     training = model.training
     model.eval()
     for batch in batches:
         batch = {name: value.to(device) for name, value in batch.items()}
         labels = batch["shift_labels"]
-        predicted = labels[labels >= 0]
+        counted = labels >= 0
+        predicted = labels[counted]
         with precision():
-            output = model(**batch, num_items_in_batch=1, use_cache=False, skip_logits=True)
+            output = model(**batch, num_items_in_batch=1, use_cache=False)
         total += torch.stack(
-            [output.loss.double(), predicted.numel() * torch.ones_like(total[0]), lengths[predicted].sum()]
+            [
+                output.loss.double(),
+                predicted.numel() * torch.ones_like(total[0]),
+                lengths[predicted].sum(),
+                (output.logits.argmax(-1)[counted] == predicted).sum(),
+            ]
         )
     model.train(training)
     return total

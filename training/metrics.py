@@ -52,13 +52,18 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """A line of `evaluations.jsonl`; `validation_loss` is in nats per token, `sample` is generated text or None."""
+    """A line of `evaluations.jsonl`.
+
+    `validation_loss` is in nats per token, `accuracy` the share of tokens that the model held the most probable ones,
+    `sample` generated text or None.
+    """
 
     step: int
     tokens: int
     validation_loss: float
     perplexity: float
     bits_per_byte: float
+    accuracy: float
     sample: str | None
 
 
@@ -178,6 +183,7 @@ class ModelShape(Protocol):
     vocab_size: int
     lrpe_layers: list[int]
     attention: str
+    gate: bool
     max_position_embeddings: int
 
 
@@ -185,19 +191,17 @@ def flops_per_token(config: ModelShape) -> float:
     """Return the training FLOPs of one token: three forward passes, as the backward pass counts two.
 
     One forward pass, with C, I, V widths of model, GLU and vocabulary, L layers, H query and G key/value heads of
-    width D, and R layers with LRPE, which doubles the width of keys in the state:
+    width D, R layers with LRPE, which doubles the width of keys in the state, and U = 1 gate, or 0 without:
 
-        2 · (L · (C·(2·H + 2·G)·D + H·D·C + 3·C·I) + C·V)  weights of q and u, k and v, output, GLU, head
-        + 4 · H · D · D · (L + R)                         state update and read-out, or with masked attention
-        + 2 · H · D · T · (2 · L + R)                     scores and weighed values of rows of T tokens
+        2 · (L · (C·((1+U)·H + 2·G)·D + H·D·C + 3·C·I) + C·V)  weights of q and u, k and v, output, GLU, head
+        + 4 · H · D · D · (L + R)                             state update and read-out, or with masked attention
+        + 2 · H · D · T · (2 · L + R)                         scores and weighed values of rows of T tokens
 
     Looking up embeddings is free. The products inside a chunk are not counted: they depend on the chunk size of the
     implementation, not on the model. Neither is recomputation by gradient checkpointing.
     """
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    groups = config.num_key_value_heads or heads
-    width = config.head_dim or hidden // heads
-    attention = hidden * (2 * heads + 2 * groups) * width + heads * width * hidden
+    hidden, (heads, groups, width) = config.hidden_size, _head_shape(config)
+    attention = hidden * ((1 + config.gate) * heads + 2 * groups) * width + heads * width * hidden
     glu = 3 * hidden * config.intermediate_size
     weights = config.num_hidden_layers * (attention + glu) + hidden * config.vocab_size
     layers, doubled = config.num_hidden_layers, len(set(config.lrpe_layers))
@@ -206,6 +210,28 @@ def flops_per_token(config: ModelShape) -> float:
     else:
         mixing = 4 * heads * width * width * (layers + doubled)
     return 3.0 * (2 * weights + mixing)
+
+
+def state_size(config: ModelShape) -> int:
+    """Return how many numbers the state of one sequence holds: L layers of H heads of width D, R of them with LRPE.
+
+        H · D · D · (L + R), or with masked attention the keys and values of T tokens
+        T · D · (2 · G · (L - R) + (2 · H + G) · R)
+
+    LRPE doubles the width of keys, and gives each query head its own.
+    """
+    heads, groups, width = _head_shape(config)
+    layers, doubled = config.num_hidden_layers, len(set(config.lrpe_layers))
+    if config.attention == "masked":
+        channels = 2 * groups * (layers - doubled) + (2 * heads + groups) * doubled
+        return config.max_position_embeddings * width * channels
+    return heads * width * width * (layers + doubled)
+
+
+def _head_shape(config: ModelShape) -> tuple[int, int, int]:
+    """Query heads, key/value heads and their width."""
+    heads = config.num_attention_heads
+    return heads, config.num_key_value_heads or heads, config.head_dim or config.hidden_size // heads
 
 
 # Nominal TFLOP/s without sparsity as (fp32 outside tensor cores, fp16, bf16); None: no such units. Tensor-core figures

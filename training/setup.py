@@ -144,7 +144,11 @@ def refuse_changed(changed: Iterable[str], config: Config) -> None:
 def refuse_other_run(
     checkpoint: Path, saved: dict[str, Any], current: dict[str, Any], changed: Iterable[str] = ()
 ) -> None:
-    """Compare two results of `run_identity`; a difference that is not `changed` is a CheckpointError that names it."""
+    """Compare two results of `run_identity`; a difference that is not `changed` is a CheckpointError that names it.
+
+    A setting that the checkpoint does not name, because there was none, was as it is by default.
+    """
+    saved = config_values(Config()) | saved
     for name in (name for name in current if name not in changed):
         if saved.get(name) != current[name]:
             raise CheckpointError(

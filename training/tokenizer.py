@@ -51,6 +51,7 @@ RECIPE: dict[str, Any] = {
     "pad_id": 3,
     "max_sentence_length": 8192,  # bytes; longer chunks are left out without a word
 }
+OTHER_PIECES = 4 + 256 + 1  # control pieces, bytes, the space
 _CHUNK = 2000  # characters, at most 8,000 bytes
 _HELD_OUT_CHARACTERS = 500_000
 _TRICKY = ["", " ", "  a", "a \n\tb ", "1234 é ﬁ ① 漢 😀", "<s> </s> <pad> <unk>", "\r\n\0\u200b\ufeff", SPACE]
@@ -83,6 +84,34 @@ def resolve_tokenizer(config: Config, corpus: Corpus) -> Path:
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     folder = Path(config.data.cache_dir) / "tokenizers" / fingerprint
     build_once(folder, "training the tokenizer", lambda target: train_tokenizer(corpus, options, target))
+    return folder
+
+
+def character_tokenizer(config: Config, characters: str) -> Path:
+    """Return the folder of a tokenizer that takes each of `characters` as one token, made once in the cache.
+
+    Its pieces are these, the space, and the control and byte pieces of every tokenizer.
+
+    Raises:
+        ConfigError: another tokenizer was asked for.
+    """
+    if config.tokenizer.path is not None:
+        raise ConfigError(
+            f"tokenizer.path: expected null for data.corpus {config.data.corpus}, which brings its own tokenizer, got"
+            f" {config.tokenizer.path}"
+        )
+    fingerprint = hashlib.sha256(json.dumps([characters, RECIPE]).encode()).hexdigest()[:32]
+    folder = Path(config.data.cache_dir) / "tokenizers" / fingerprint
+
+    def make(target: Path) -> None:
+        chunks = [SPACE + chunk for chunk in _chunks(characters)]
+        target.mkdir(parents=True, exist_ok=True)
+        (target / MODEL_FILE).write_bytes(_train_model(chunks, OTHER_PIECES + len(characters), character_coverage=1.0))
+        _export(target)
+        processor = load_sentencepiece(target)
+        _check_round_trip(target, processor, [characters[:1000], *_random_texts(processor, 100)])
+
+    build_once(folder, "making the tokenizer", make)
     return folder
 
 
@@ -199,13 +228,18 @@ def _chunks(text: str) -> Iterator[str]:
     return (text[start : start + _CHUNK] for start in range(0, len(text), _CHUNK))
 
 
-def _train_model(chunks: Iterable[str], vocab_size: int) -> bytes:
+def _train_model(chunks: Iterable[str], vocab_size: int, **options: Any) -> bytes:
     if not 0 < vocab_size < 2**31:
         raise ConfigError(f"tokenizer.vocab_size: expected some thousands, got {vocab_size}")
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=iter(chunks), model_writer=model, vocab_size=vocab_size, minloglevel=2, **RECIPE
+            sentence_iterator=iter(chunks),
+            model_writer=model,
+            vocab_size=vocab_size,
+            minloglevel=2,
+            **RECIPE,
+            **options,
         )
     except RuntimeError as error:
         raise _vocabulary_error(str(error), vocab_size) from error

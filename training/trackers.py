@@ -144,6 +144,7 @@ def _open_wandb(config: TrackingConfig, out: Path, config_dict: Mapping[str, Any
     out.mkdir(parents=True, exist_ok=True)  # else wandb moves to the system's temporary folder
     options: dict[str, Any] = {
         "project": redact(config.wandb_project),
+        "group": redact(config.wandb_group),
         "dir": str(out),
         "id": run_id or secrets.token_hex(4),
         "config": redact(config_dict),

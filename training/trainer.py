@@ -17,9 +17,10 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from model import TransnormerForCausalLM
+from training.batches import Batch, BatchOrder, evaluation_batches, step_batch, without_labels
 from training.checkpoint import Content, restore_rng, save_checkpoint
 from training.config import Run, config_dict, config_values
-from training.data import Batch, BatchOrder, Prepared, evaluation_batches, prepare, step_batch, without_labels
+from training.data import Prepared, prepare
 from training.errors import ConfigError, DataError, NonFiniteError, ResourceError, RunError
 from training.evaluation import Score, complete, score, stop_when
 from training.folder import RunFolder
@@ -190,11 +191,11 @@ class Trainer:
         """Validation loss, perplexity, bits per byte, and a sample of generated text; a signal breaks it off."""
         with self.throughput.pause():
             total = score(self.module, self._evaluation_shares(), self.byte_lengths, self.strategy.autocast)
-            nll, tokens, num_bytes = self.processes.gather(total).sum(0).tolist()
+            nll, tokens, num_bytes, correct = self.processes.gather(total).sum(0).tolist()
             sample = None if self.stopping else self._sample()
             self._heed_signals()
             if not self.stopping:
-                self._report(Score(nll, int(tokens), int(num_bytes)), sample)
+                self._report(Score(nll, int(tokens), int(num_bytes), int(correct)), sample)
                 self.evaluated = self.step
 
     def checkpoint_due(self) -> bool:
@@ -488,12 +489,21 @@ class Trainer:
     def _report(self, result: Score, sample: str | None) -> None:
         if not self.main:
             return
-        record = EvaluationRecord(self.step, self.tokens, result.loss, result.perplexity, result.bits_per_byte, sample)
+        record = EvaluationRecord(
+            self.step,
+            self.tokens,
+            result.loss,
+            result.perplexity,
+            result.bits_per_byte,
+            result.accuracy,
+            sample,
+        )
         self.metrics.write(record)
-        self.trackers.log(self.step, {"validation_loss": result.loss, "bits_per_byte": result.bits_per_byte})
+        values = {name: getattr(record, name) for name in ("validation_loss", "bits_per_byte", "accuracy")}
+        self.trackers.log(self.step, values)
         self._say(
             f"step {self.step}: validation loss {result.loss:.3f}, perplexity {result.perplexity:.1f},"
-            f" {result.bits_per_byte:.3f} bits per byte"
+            f" {result.bits_per_byte:.3f} bits per byte, accuracy {result.accuracy:.1%}"
         )
         if sample is not None:
             self.trackers.log_text(self.step, "sample", sample)

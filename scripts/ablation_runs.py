@@ -1,0 +1,307 @@
+"""The runs of an ablation: each an ordinary `train.py`, some at once, skipped where done, gone on with where begun."""
+
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from scripts.ablation_report import Result
+from scripts.ablation_variants import Variant
+from training.config import Config, config_values, load_config
+from training.errors import ConfigError
+from training.metrics import read_records
+from training.outcome import Interrupted, StopSignal
+
+_TRAIN = Path(__file__).parents[1] / "train.py"
+_POLL_SECONDS = 0.5
+_TAIL_BYTES = 4096  # more than a line of metrics
+_FREE = ("data.num_proc", "data.cache_dir", "training.cpu_threads", "training.peer_timeout", "training.peak_tflops")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        variant: what is trained.
+        seed: of weights and order.
+        config: the whole configuration, seed and steps included.
+        out: the run's folder.
+        log: file of what it prints.
+        command: that trains it.
+    """
+
+    variant: Variant
+    seed: int
+    config: Config
+    out: Path
+    log: Path
+    command: list[str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name} seed {self.seed}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the run trains on."""
+        config = self.config
+        return config.training.steps * config.training.batch_size * config.data.sequence_length
+
+    @property
+    def shell_command(self) -> str:
+        """The command as one types it."""
+        return shlex.join(["python", *self.command[1:]])
+
+    def is_done(self) -> bool:
+        """Whether the run has ended well, with these settings.
+
+        Raises:
+            ConfigError: the folder holds a run of other settings.
+        """
+        saved = self.out / "config.yaml"
+        if not saved.exists():
+            return False
+        before, now = config_values(load_config(["--config", str(saved)]).config), config_values(self.config)
+        for key in (key for key in now if not key.startswith(("tracking.", "checkpoint.")) and key not in _FREE):
+            if before[key] != now[key]:
+                raise ConfigError(
+                    f"--out: {self.out} holds a run with {key} {before[key]!r}, expected {now[key]!r}; give another"
+                    " --out"
+                )
+        return _exit_code(self.out) == 0 and self.last_record().get("step") == self.config.training.steps
+
+    def last_record(self) -> dict[str, Any]:
+        """The last whole line of `metrics.jsonl`; {} before there is one."""
+        try:
+            with (self.out / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                lines = file.read().splitlines(keepends=True)
+        except OSError:
+            return {}
+        for line in reversed(lines):
+            if line.endswith(b"\n"):
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    return {}
+                return record if isinstance(record, dict) else {}
+        return {}
+
+
+def _exit_code(out: Path) -> int | None:
+    try:
+        return json.loads((out / "exit.json").read_bytes())["exit_code"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def make_job(variant: Variant, seed: int, config: Config, out: Path, log: Path, options: Sequence[str]) -> Job:
+    """A run of `config` into the folder `out`; `options` are those of `train.py` that name its config files."""
+    command = [sys.executable, str(_TRAIN), *options, f"--seed={seed}", "--out", str(out)]
+    return Job(variant, seed, config, out, log, command)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where runs go: how many at once, and the GPUs that they take in turn (none: a CPU)."""
+
+    parallel: int
+    gpus: list[str]
+    name: str
+
+    def environment(self, slot: int) -> dict[str, str]:
+        """Variables of the run in one of `parallel` slots."""
+        if self.gpus:
+            return os.environ | {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]}
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return os.environ | {"OMP_NUM_THREADS": str(max(1, cores // self.parallel))}
+
+
+def find_machine(parallel: int | None) -> Machine:
+    """Look for GPUs; without a number one run a GPU at once, or one on a CPU."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    gpus = (visible.split(",") if visible else list(map(str, range(count))))[:count]
+    return Machine(parallel or max(1, count), gpus, torch.cuda.get_device_name() if count else "cpu")
+
+
+def run_jobs(jobs: Sequence[Job], machine: Machine, finished: Callable[[Job], None]) -> dict[str, str]:
+    """Run what is not done; `finished` is called after each run that ended well.
+
+    Returns:
+        Why runs failed, by their names.
+
+    Raises:
+        ConfigError: a folder holds a run of other settings; before anything runs.
+        Interrupted: a signal came; runs under way have saved and stopped.
+    """
+    waiting = [job for job in jobs if not job.is_done()]
+    stop = StopSignal()
+    stop.wait_for_step = True  # it is noted, and heeded here
+    with stop.listening(), _Pool(jobs, waiting, machine, finished) as pool:
+        while waiting or pool.running:
+            pool.fill(waiting)
+            time.sleep(_POLL_SECONDS)
+            pool.collect()
+            if stop.asked and not pool.stopping:
+                pool.stop()
+                waiting.clear()
+        if pool.stopping:
+            raise Interrupted(f"stopped by {stop.asked}; the same command goes on")
+        return pool.failed
+
+
+class _Pool:
+    """Runs under way, one in a slot, and the line that tells of all.
+
+    Args:
+        jobs: all of the ablation, done ones too.
+        waiting: those to run.
+        machine: where.
+        finished: called after each run that ended well.
+    """
+
+    def __init__(
+        self, jobs: Sequence[Job], waiting: Sequence[Job], machine: Machine, finished: Callable[[Job], None]
+    ) -> None:
+        self.machine, self.finished = machine, finished
+        self.running: dict[int, tuple[Job, subprocess.Popen]] = {}
+        self.failed: dict[str, str] = {}
+        self.stopping = False
+        self._total, self._done = len(jobs), len(jobs) - len(waiting)
+        self._left = list(waiting)
+        self._tokens = sum(job.tokens for job in jobs)
+        self._bar = tqdm(
+            total=self._tokens,
+            initial=self._tokens_done(),
+            unit="token",
+            unit_scale=True,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+            disable=not waiting,
+        )
+
+    def __enter__(self) -> "_Pool":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for _, process in self.running.values():  # none, unless something went wrong here
+            process.terminate()
+        self._bar.close()
+
+    def fill(self, waiting: list[Job]) -> None:
+        """Start waiting runs in free slots."""
+        for slot in range(self.machine.parallel):
+            if waiting and slot not in self.running:
+                job = waiting.pop(0)
+                job.log.parent.mkdir(parents=True, exist_ok=True)
+                with job.log.open("ab") as log:
+                    process = subprocess.Popen(
+                        job.command,
+                        env=self.machine.environment(slot),
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,  # Ctrl-C comes here, and from here once to each run
+                    )
+                self.running[slot] = job, process
+
+    def collect(self) -> None:
+        """Take away runs that have ended, and tell how far the others are."""
+        for slot, (job, process) in list(self.running.items()):
+            if process.poll() is None:
+                continue
+            del self.running[slot]
+            if process.returncode == 0:
+                self._done += 1
+                self.finished(job)
+            elif not self.stopping:
+                self.failed[job.name] = _reason(job, process.returncode)
+                tqdm.write(f"{job.name} failed: {self.failed[job.name]}", file=sys.stderr)
+        self._bar.set_postfix_str(self._status(), refresh=False)
+        self._bar.update(self._tokens_done() - self._bar.n)
+
+    def stop(self) -> None:
+        """Ask every run to save and end."""
+        self.stopping = True
+        for _, process in self.running.values():
+            process.terminate()
+
+    def _tokens_done(self) -> int:
+        return self._tokens - sum(job.tokens - job.last_record().get("tokens", 0) for job in self._left)
+
+    def _status(self) -> str:
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        return "; ".join(
+            [f"{self._done} of {self._total} runs{failed}", *(_progress(job) for job, _ in self.running.values())]
+        )
+
+
+def _progress(job: Job) -> str:
+    record = job.last_record()
+    if not record:
+        return f"{job.name} starts"
+    share = record["step"] / job.config.training.steps
+    loss = "" if record["loss"] is None else f" loss {record['loss']:.3f}"
+    return f"{job.name} {share:.0%}{loss}"
+
+
+def _reason(job: Job, code: int) -> str:
+    """What a run says of its end: in `exit.json`, or as the last line of its log."""
+    try:
+        reason = json.loads((job.out / "exit.json").read_bytes())
+        if reason["exit_code"] == code:
+            return f"exit code {code}: {reason['reason']}; {job.log}"
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    lines = job.log.read_text(errors="replace").splitlines()
+    return f"exit code {code}: {lines[-1] if lines else 'nothing printed'}; {job.log}"
+
+
+def result_of(job: Job, device: str, root: Path) -> Result:
+    """What a run that is done has measured."""
+    steps, evaluations = read_records(job.out / "metrics.jsonl"), read_records(job.out / "evaluations.jsonl")
+    settled = steps[len(steps) // 10 :]  # the first ones allocate and compile
+    speed = statistics.median(record["tokens_per_second"] for record in settled)
+    last = [record["loss"] for record in steps[-max(1, len(steps) // 50) :] if record["loss"] is not None]
+    losses = [record["validation_loss"] for record in evaluations if record["validation_loss"] is not None]
+    pair, size = job.variant.pair, job.variant.size
+    return Result(
+        variant=job.variant.name,
+        seed=job.seed,
+        heads=pair.heads,
+        head_dim=pair.width,
+        kv_heads=pair.kv_heads,
+        settings=job.variant.settings,
+        parameters=size.parameters,
+        state_size=size.state_size,
+        flops_per_token=size.flops_per_token,
+        steps=job.config.training.steps,
+        tokens=job.tokens,
+        seconds=job.tokens / speed,
+        tokens_per_second=speed,
+        train_loss=statistics.mean(last),
+        validation_loss=evaluations[-1]["validation_loss"],
+        best_validation_loss=min(losses, default=None),
+        bits_per_byte=evaluations[-1]["bits_per_byte"],
+        accuracy=evaluations[-1]["accuracy"],
+        device=device,
+        folder=str(job.out.relative_to(root)),
+    )
+
+
+def measured_speed(job: Job) -> float:
+    """Tokens per second at the end of a run."""
+    return job.last_record()["tokens_per_second"]
