@@ -1,6 +1,7 @@
-# make quickstart   train a small model on this machine and look at what it writes
-# make test         install what the tests need, check style and types, run the tests
-# make faults       kill runs, fill disks, damage checkpoints and caches, far more often than the tests do: 10 minutes
+# make quickstart     train a small model on this machine and look at what it writes
+# make test           install what the tests need, check style and types, run the tests
+# make ablation-demo  many narrow heads or one wide one, on a memory task: 9 small runs and a report, 5 minutes on 2 cores
+# make faults         kill runs, fill disks, damage checkpoints and caches, far more often than the tests do: 10 minutes
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,10 +11,13 @@ BIN := $(VENV)/bin
 # $(call alive,what,command): say what runs, then a dot every 1.5 s until it ends.
 alive = @printf '%s ' '$(1)'; ( while sleep 1.5; do printf .; done ) & beat=$$!; trap 'kill $$beat; echo' EXIT; $(2)
 
-.PHONY: quickstart test faults check clean
+.PHONY: quickstart ablation-demo test faults check clean
 
 quickstart: $(VENV)/run.stamp
 	$(BIN)/python train.py --config configs/quickstart.yaml --out $(OUT)
+
+ablation-demo: $(VENV)/run.stamp
+	$(BIN)/python -m scripts.ablate_heads --config configs/ablation/demo.yaml --out runs/ablation-demo --pairs 8x4 4x8 1x32 --parallel 2
 
 test: check
 	$(BIN)/python -m pytest -n 2

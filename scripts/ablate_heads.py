@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from scripts.ablation_report import METRICS, Result, read_results, write_report, write_results
-from scripts.ablation_runs import Job, Machine, find_machine, make_job, measured_speed, result_of, run_jobs
+from scripts.ablation_runs import Job, Machine, find_machine, measured_speed, result_of, run_jobs, train_command
 from scripts.ablation_variants import BUDGETS, Base, Budget, Variant, make_variants, overlay_text
 from training.errors import ConfigError, RunError
 from training.imports import import_modules
 from training.outcome import exit_code_of
-from training.storage import disk_errors, replace_file
 
 _PROBE_STEPS = 40
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
@@ -142,20 +141,19 @@ def _jobs(options: argparse.Namespace, base: Base, variants: Sequence[Variant], 
 
 
 def _job(out: Path, base: Base, variant: Variant, seed: int, steps: int, **training: Any) -> Job:
-    """A run of so many steps, its overlay written into `overlays/`."""
+    """A run of so many steps, which an overlay in `overlays/` tells from the base."""
     config = replace(
         variant.config,
         training=replace(variant.config.training, steps=steps, **training),
         tracking=replace(variant.config.tracking, wandb_group=variant.name),
     )
     overlay = out / "overlays" / f"{variant.folder}.yaml"
-    with disk_errors(overlay):
-        overlay.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(overlay, overlay_text(base, config).encode())
+    folder, log = out / variant.folder / f"seed{seed}", out / "logs" / f"{variant.folder}_seed{seed}.log"
     options = [part for file in (*base.files, str(overlay)) for part in ("--config", file)]
     options += [f"--import={name}" for name in base.imports()]
-    log = out / "logs" / f"{variant.folder}_seed{seed}.log"
-    return make_job(variant, seed, replace(config, seed=seed), out / variant.folder / f"seed{seed}", log, options)
+    command = train_command([*options, f"--seed={seed}", "--out", str(folder)])
+    files = {overlay: overlay_text(base, config)}
+    return Job(variant, seed, replace(config, seed=seed), folder, log, command, files)
 
 
 def _probe(out: Path, base: Base, variants: Sequence[Variant], machine: Machine) -> dict[str, float]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from training.config import Config, config_values, load_config
 from training.errors import ConfigError
 from training.metrics import read_records
 from training.outcome import Interrupted, StopSignal
+from training.storage import disk_errors, replace_file
 
 _TRAIN = Path(__file__).parents[1] / "train.py"
 _POLL_SECONDS = 0.5
@@ -38,6 +39,7 @@ class Job:
         out: the run's folder.
         log: file of what it prints.
         command: that trains it.
+        files: what the command reads, by path; written before it starts.
     """
 
     variant: Variant
@@ -46,6 +48,7 @@ class Job:
     out: Path
     log: Path
     command: list[str]
+    files: dict[Path, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -105,10 +108,9 @@ def _exit_code(out: Path) -> int | None:
         return None
 
 
-def make_job(variant: Variant, seed: int, config: Config, out: Path, log: Path, options: Sequence[str]) -> Job:
-    """A run of `config` into the folder `out`; `options` are those of `train.py` that name its config files."""
-    command = [sys.executable, str(_TRAIN), *options, f"--seed={seed}", "--out", str(out)]
-    return Job(variant, seed, config, out, log, command)
+def train_command(arguments: Sequence[str]) -> list[str]:
+    """The command that runs `train.py`."""
+    return [sys.executable, str(_TRAIN), *arguments]
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ class _Pool:
         for slot in range(self.machine.parallel):
             if waiting and slot not in self.running:
                 job = waiting.pop(0)
-                job.log.parent.mkdir(parents=True, exist_ok=True)
+                _write_files(job)
                 with job.log.open("ab") as log:
                     process = subprocess.Popen(
                         job.command,
@@ -247,6 +249,16 @@ class _Pool:
         return "; ".join(
             [f"{self._done} of {self._total} runs{failed}", *(_progress(job) for job, _ in self.running.values())]
         )
+
+
+def _write_files(job: Job) -> None:
+    """Write what the run reads, and make the folder of its log."""
+    for path, text in job.files.items():
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, text.encode())
+    with disk_errors(job.log):
+        job.log.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _progress(job: Job) -> str:

@@ -17,7 +17,7 @@ from scripts.ablate_heads import main
 from scripts.ablation_report import read_results
 from scripts.ablation_runs import Job, Machine, run_jobs
 from scripts.ablation_variants import Base, Budget, make_variants, overlay_text, parse_pair
-from training.config import Config, config_values, load_config
+from training.config import config_values, load_config
 from training.errors import ConfigError
 from training.metrics import flops_per_token
 from training.outcome import Interrupted
@@ -181,6 +181,8 @@ def test_runs_are_made_skipped_and_added_to(base_file, tmp_path, capsys) -> None
     assert len(read_results(out / "results.jsonl")) == 2
     assert main([*command, "--seeds", "0", "--tokens", "64"]) == 2
     assert "holds a run with training.steps 4, expected 2; give another --out" in capsys.readouterr().err
+    assert yaml.safe_load((out / "overlays" / "4x16.yaml").read_text())["tracking"] == {"wandb_group": "4x16"}
+    assert "steps" not in (out / "overlays" / "4x16.yaml").read_text()
     page = (out / "report.html").read_text()
     assert "1x64" in page
     assert "train.py" in page
@@ -281,7 +283,18 @@ def test_mistakes_are_named_before_anything_runs(base_file, tmp_path, capsys, ar
 
 
 def test_the_configs_of_ablations_make_their_variants() -> None:
-    for name, pairs in (("heads", ["12x64", "1x768", "12x64/1"]), ("demo", ["8x8", "1x64"])):
+    for name, pairs in (("heads", ["12x64", "1x768", "12x64/1"]), ("demo", ["8x4", "1x32"])):
         file = str(ROOT / "configs" / "ablation" / f"{name}.yaml")
         assert len(make_variants(Base([file], []), pairs, (), ())) == len(pairs)
-    assert config_values(Config())["tracking.wandb_group"] is None
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ablation").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_config_of_ablations_begins_with_its_command(path: Path) -> None:
+    command = path.read_text().splitlines()[0].split()
+    assert f"configs/ablation/{path.name}" in command
+    files = [command[index + 1] for index, word in enumerate(command) if word == "--config"]
+    config = load_config([part for file in files for part in ("--config", str(ROOT / file))]).config
+    assert (
+        config_values(config) != config_values(load_config(["--config", str(ROOT / files[0])]).config)
+        or len(files) == 1
+    )
