@@ -14,9 +14,13 @@ from scripts.ablation_report import CONFIDENCE, METRICS, NOTHING, Estimate, Metr
 _MINUS = "\N{MINUS SIGN}"
 
 
+# What a table shows beside the metric that is compared; a loss may have been lower before the end.
+_BESIDE = {"accuracy": ("validation_loss",), "validation_loss": ("best_validation_loss",)}
+
+
 def table(summaries: Sequence[Summary], metric: Metric, baseline: str | None) -> list[list[str]]:
     """Return the table as rows of cells, plain text; the first row is the header."""
-    shown = [metric, METRICS["validation_loss"]] if metric.key == "accuracy" else [metric]
+    shown = [metric, *(METRICS[key] for key in _BESIDE.get(metric.key, ()))]
     names = [_heading(each) for each in shown]
     header = ["variant", "runs", "parameters", "state", "MFLOP a token", "tokens/s", "tokens", *names]
     compared = [] if baseline is None else [f"difference to {baseline}", "p (Holm)"]

@@ -126,11 +126,11 @@ def test_the_table_shows_means_differences_and_adjusted_p(tmp_path: Path) -> Non
     markdown = report(tmp_path, runs, baseline="12x64")
     base, heads, single, partial = (cells(markdown, name) for name in ("12x64", "4x192", "1x768", "2x384"))
     assert base[1:7] == ["3", "44.0M", "590k", "250.0", "50,000", "1.00M"]
-    assert base[7:] == ["3.0333 ± 0.1434", "baseline", NOTHING]
-    assert heads[8:] == ["+0.1333 ± 0.1434", "0.057 (0.11)"]
-    assert single[7:] == ["2.5000", f"{MINUS}0.5000", NOTHING]
+    assert base[7:] == ["3.0333 ± 0.1434", "3.0333 ± 0.1434", "baseline", NOTHING]
+    assert heads[9:] == ["+0.1333 ± 0.1434", "0.057 (0.11)"]
+    assert single[7:] == ["2.5000", "2.5000", f"{MINUS}0.5000", NOTHING]
     assert partial[1] == "2 of 3"
-    assert partial[8].startswith(f"{MINUS}0.9000 ± 1.27")  # pairs 0 and 2: -1.0 and -0.8
+    assert partial[9].startswith(f"{MINUS}0.9000 ± 1.27")  # pairs 0 and 2: -1.0 and -0.8
     assert "Comparisons with 12x64: 2 tested of 3." in markdown
     assert "adjusted for 2 comparisons by Holm" in markdown
     assert "1 of 10 runs have no finite validation loss" in markdown
@@ -320,7 +320,7 @@ def test_the_page_holds_foreign_text_as_text_and_loads_nothing(tmp_path: Path, m
     for name in ("report.html", "table.md", "results.jsonl", "curves.svg", "state.svg"):
         assert not re.search('a-very-secret|12345"|abcdef ', (tmp_path / name).read_text()), name
     row = next(line for line in markdown.splitlines() if line.startswith("| 4x192"))
-    assert len(re.findall(r"(?<!\\)\|", row)) == 11
+    assert len(re.findall(r"(?<!\\)\|", row)) == 12
     assert "<script" not in markdown
     assert "_hidden" in (tmp_path / "curves.svg").read_text()
 

@@ -15,7 +15,7 @@ from training.corpus import documents
 from training.data import Prepared, prepare
 from training.errors import ConfigError
 from training.evaluation import Score, score
-from training.recall import recall_rows, symbols_of, texts
+from training.recall import recall_rows, symbols_of, texts, training_rows, validation_rows
 from training.setup import model_config
 from training.tokenizer import OTHER_PIECES, load_tokenizer, token_byte_lengths
 
@@ -50,6 +50,14 @@ def test_each_row_is_pairs_then_each_key_once_with_its_value(pairs: int, length:
         assert all(
             set(rest[place : place + 2]) <= set(values) for place in range(0, len(rest), 2) if place not in asked
         )
+
+
+def test_training_rows_may_have_fewer_pairs_but_validation_rows_not() -> None:
+    options = replace(TASK, recall_fewest_pairs=2, recall_examples=100, validation_share=0.1)
+    training, validation = training_rows(options), validation_rows(options)
+    assert Counter(training.answers.sum(1).tolist()) == {2: 33, 3: 33, 4: 34}
+    assert validation.answers.sum(1).tolist() == [4] * 10
+    assert training_rows(TASK).answers.sum(1).tolist() == [4] * 60
 
 
 def test_rows_depend_on_the_options_and_the_stream_alone() -> None:
@@ -132,7 +140,9 @@ def test_accuracy_is_the_share_of_answers_that_are_most_probable(prepared: Prepa
         ({"sequence_length": 25}, "data.sequence_length: expected an even number from 16"),
         ({"recall_symbols": 15}, "data.recall_symbols: expected 16, 4 times data.recall_pairs, to 22344, got 15"),
         ({"recall_symbols": 22_345}, "data.recall_symbols: expected 16"),
-        ({"recall_examples": 1}, "data.recall_examples: expected 2 or more, got 1"),
+        ({"recall_fewest_pairs": 5}, "data.recall_fewest_pairs: expected 4, data.recall_pairs, or fewer, got 5"),
+        ({"recall_fewest_pairs": 1, "recall_examples": 3}, "data.recall_examples: expected 4 or more, one for each"),
+        ({"recall_examples": 0}, "data.recall_examples: expected 1 or more"),
         ({"paths": ["a.txt"]}, "data.paths: expected data.corpus text"),
     ],
 )

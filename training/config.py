@@ -99,6 +99,7 @@ class DataConfig:
         validation_share: share of documents held out for validation where no split or path is named.
         token_budget: stop preparing after this many training tokens; null takes all.
         recall_pairs: key-value pairs N of a row of corpus recall, each key asked for once.
+        recall_fewest_pairs: rows for training have from so many pairs to N, as often each; null means N in every row.
         recall_symbols: different keys and values, half of each; its tokenizer has these, and 261 other pieces.
         recall_examples: rows for training; `validation_share` of that number, others, are for validation.
         recall_power: a question x places behind the pairs weighs x^(recall_power - 1); 1 spreads them evenly.
@@ -121,6 +122,7 @@ class DataConfig:
     validation_share: float = 0.01
     token_budget: int | None = None
     recall_pairs: int = 16
+    recall_fewest_pairs: int | None = None
     recall_symbols: int = 8187
     recall_examples: int = 100_000
     recall_power: float = 0.01
@@ -356,6 +358,7 @@ def _lower_bounds(config: Config) -> list[tuple[str, float | None, float]]:
         ("data.sequence_length", config.data.sequence_length, 1),
         ("data.token_budget", config.data.token_budget, 1),
         ("data.recall_pairs", config.data.recall_pairs, 1),
+        ("data.recall_fewest_pairs", config.data.recall_fewest_pairs, 1),
         ("data.recall_power", config.data.recall_power, 0),
         ("data.num_proc", config.data.num_proc, 1),
         ("training.cpu_threads", config.training.cpu_threads, 1),

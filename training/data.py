@@ -17,7 +17,7 @@ from training.config import Config
 from training.corpus import Corpus, Skipped, Split, check_options, open_corpus
 from training.errors import DataError
 from training.progress import build_once, working
-from training.recall import Rows, check_recall, recall_rows, symbols_of
+from training.recall import Rows, check_recall, symbols_of, training_rows, validation_rows
 from training.tokenizer import MODEL_FILE, SPACE, character_tokenizer, load_sentencepiece, resolve_tokenizer
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -93,10 +93,8 @@ def _generate(config: Config) -> Prepared:
     tokenizer_folder = character_tokenizer(config, "".join(symbols))
     processor = load_sentencepiece(tokenizer_folder)
     ids = np.array(processor.piece_to_id(list("".join(symbols))))
-    examples = config.data.recall_examples
     train, validation = (
-        _generated(recall_rows(config.data, stream, count), ids, processor.eos_id())
-        for stream, count in enumerate((examples, max(1, round(config.data.validation_share * examples))))
+        _generated(rows, ids, processor.eos_id()) for rows in (training_rows(config.data), validation_rows(config.data))
     )
     identity = hashlib.sha256()
     for tokens in (train, validation):

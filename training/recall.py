@@ -9,6 +9,7 @@ takes as one token each.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -55,8 +56,14 @@ def check_recall(config: DataConfig) -> None:
         raise ConfigError(
             f"data.recall_symbols: expected {4 * pairs}, 4 times data.recall_pairs, to {_MOST_SYMBOLS}, got {symbols}"
         )
-    if config.recall_examples < 2:
-        raise ConfigError(f"data.recall_examples: expected 2 or more, got {config.recall_examples}")
+    fewest = config.recall_fewest_pairs or pairs
+    if fewest > pairs:
+        raise ConfigError(f"data.recall_fewest_pairs: expected {pairs}, data.recall_pairs, or fewer, got {fewest}")
+    if config.recall_examples < pairs - fewest + 1:
+        raise ConfigError(
+            f"data.recall_examples: expected {pairs - fewest + 1} or more, one for each number of pairs, got"
+            f" {config.recall_examples}"
+        )
 
 
 def symbols_of(config: DataConfig) -> Symbols:
@@ -64,6 +71,19 @@ def symbols_of(config: DataConfig) -> Symbols:
     count = config.recall_symbols
     keys, values = range(_FIRST_KEY, _FIRST_KEY + count // 2), range(_FIRST_VALUE, _FIRST_VALUE + count - count // 2)
     return Symbols("".join(map(chr, keys)), "".join(map(chr, values)))
+
+
+def training_rows(config: DataConfig) -> Rows:
+    """Return `data.recall_examples` examples, from the fewest pairs to the most; `BatchOrder` mixes them."""
+    numbers = range(config.recall_fewest_pairs or config.recall_pairs, config.recall_pairs + 1)
+    counts = np.diff(np.arange(len(numbers) + 1) * config.recall_examples // len(numbers))
+    parts = [recall_rows(replace(config, recall_pairs=n), 0, int(c)) for n, c in zip(numbers, counts, strict=True)]
+    return _join(parts)
+
+
+def validation_rows(config: DataConfig) -> Rows:
+    """Return `data.validation_share` of that number, at least one, all with `data.recall_pairs` pairs."""
+    return recall_rows(config, 1, max(1, round(config.validation_share * config.recall_examples)))
 
 
 def recall_rows(config: DataConfig, stream: int, count: int) -> Rows:
@@ -74,9 +94,12 @@ def recall_rows(config: DataConfig, stream: int, count: int) -> Rows:
         stream: number of an independent series of examples.
         count: R.
     """
-    raw = np.random.Philox(key=np.array([stream, 0], np.uint64))
-    chunks = [_rows(config, raw, min(_CHUNK, count - begin)) for begin in range(0, count, _CHUNK)]
-    return Rows(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
+    raw = np.random.Philox(key=np.array([stream, config.recall_pairs], np.uint64))
+    return _join([_rows(config, raw, min(_CHUNK, count - begin)) for begin in range(0, count, _CHUNK)])
+
+
+def _join(rows: list[Rows]) -> Rows:
+    return Rows(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))
 
 
 def _rows(config: DataConfig, raw: np.random.Philox, count: int) -> Rows:
