@@ -19,6 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from scripts.ablation_report import METRICS, Result, read_results, write_report, write_results
 from scripts.ablation_runs import Job, Machine, find_machine, measured_speed, result_of, run_jobs, train_command
 from scripts.ablation_variants import BUDGETS, Base, Budget, Variant, make_variants, overlay_text
@@ -80,31 +82,38 @@ def _ablate(options: argparse.Namespace, rest: list[str], command: str) -> None:
     _print_sizes(variants)
     if options.list:
         return
-    names = [variant.name for variant in variants]
+    machine = find_machine(options.parallel)
+    record = _Record(options.out, machine.name, [variant.name for variant in variants])
+    names = list(dict.fromkeys([*(variant.name for variant in variants), *(run.variant for run in record.read())]))
     if options.baseline is not None and options.baseline not in names:
         raise ConfigError(f"--baseline: expected one of the variants {', '.join(names)}, got {options.baseline}")
-    machine, out = find_machine(options.parallel), options.out
     jobs = _jobs(options, base, variants, machine)
-    record = _Record(out, machine.name, jobs)
     try:
         failed = run_jobs(jobs, machine, record.add)
     finally:
         for job in jobs:
             if job.is_done():
                 record.add(job)
-        recall = base.config().data.corpus == "recall"
-        metric = options.metric or ("accuracy" if recall else "validation_loss")
-        baseline = options.baseline or variants[0].name
-        if baseline not in {result.variant for result in record.results}:
-            baseline = None
         commands = [command, *(job.shell_command for job in jobs)]
-        if record.results:
-            table = write_report(
-                out, record.results, title=out.name, metric=metric, baseline=baseline, commands=commands
-            )
-            print(f"{table}\nreport: {out / 'report.html'}")
+        _report(options, record.read(), options.baseline or names[0], base.config().data.corpus == "recall", commands)
     if failed:
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed; the same command tries them again")
+
+
+def _report(
+    options: argparse.Namespace, results: Sequence[Result], baseline: str, recall: bool, commands: list[str]
+) -> None:
+    if not results:
+        return
+    table = write_report(
+        options.out,
+        list(results),
+        title=options.out.name,
+        metric=options.metric or ("accuracy" if recall else "validation_loss"),
+        baseline=baseline if baseline in {result.variant for result in results} else None,
+        commands=commands,
+    )
+    print(f"{table}\nreport: {options.out / 'report.html'}")
 
 
 def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -170,33 +179,34 @@ def _probe(out: Path, base: Base, variants: Sequence[Variant], machine: Machine)
 
 
 class _Record:
-    """`results.jsonl` of an ablation: runs of earlier commands stay in it as long as their folders are there.
+    """`results.jsonl` of an ablation: runs of other commands stay in it as long as their folders are there.
 
     Args:
         out: folder of the ablation.
         device: on which runs are made now.
-        jobs: which come first in the file, in this order.
+        variants: of this command, which come last in the file, in this order.
     """
 
-    def __init__(self, out: Path, device: str, jobs: Sequence[Job]) -> None:
+    def __init__(self, out: Path, device: str, variants: Sequence[str]) -> None:
         self._path, self._out, self._device = out / "results.jsonl", out, device
-        self._order = [job.variant.name for job in jobs]
-        known = read_results(self._path) if self._path.exists() else []
-        self._results = {result.folder: result for result in known if (out / result.folder).is_dir()}
+        self._order = [*(run.variant for run in self.read() if run.variant not in variants), *variants]
 
-    @property
-    def results(self) -> list[Result]:
-        known = [*self._order, *(result.variant for result in self._results.values())]
-        return sorted(self._results.values(), key=lambda result: (known.index(result.variant), result.seed))
+    def read(self) -> list[Result]:
+        """Return what is known of the runs whose folders are there."""
+        known = read_results(self._path) if self._path.exists() else []
+        return [result for result in known if (self._out / result.folder).is_dir()]
 
     def add(self, job: Job) -> None:
-        """Take up a run that is done."""
-        known = self._results.get(str(job.out.relative_to(self._out)))
-        device = known.device if known else self._device
-        result = result_of(job, device, self._out)
-        if result != known:
-            self._results[result.folder] = result
-            write_results(self._path, self.results)
+        """Take up a run that is done; another command may do so at the same time."""
+        with FileLock(self._path.with_name(".results.lock")):
+            known = {result.folder: result for result in self.read()}
+            before = known.get(str(job.out.relative_to(self._out)))
+            result = result_of(job, before.device if before else self._device, self._out)
+            known[result.folder] = result
+            order = [*self._order, *(other.variant for other in known.values())]
+            results = sorted(known.values(), key=lambda other: (order.index(other.variant), other.seed))
+            if result != before:
+                write_results(self._path, results)
 
 
 if __name__ == "__main__":
