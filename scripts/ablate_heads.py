@@ -22,11 +22,23 @@ from typing import Any
 from filelock import FileLock
 
 from scripts.ablation_report import METRICS, Result, read_results, write_report, write_results
-from scripts.ablation_runs import Job, Machine, find_machine, measured_speed, result_of, run_jobs, train_command
+from scripts.ablation_runs import (
+    Job,
+    Machine,
+    find_machine,
+    measured_speed,
+    refuse_other_base,
+    result_of,
+    run_jobs,
+    train_command,
+)
 from scripts.ablation_variants import BUDGETS, Base, Budget, Variant, make_variants, overlay_text
-from training.errors import ConfigError, RunError
+from training.errors import CheckpointError, ConfigError, RunError
 from training.imports import import_modules
 from training.outcome import exit_code_of
+from training.redaction import redact_arguments
+from training.setup import check_out
+from training.storage import disk_errors, replace_file
 
 _PROBE_STEPS = 40
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
@@ -37,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, or the exit code of what is wrong or of a run that failed."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    command = shlex.join(["python", "-m", "scripts.ablate_heads", *(sys.argv[1:] if arguments is None else arguments)])
+    given = redact_arguments(list(sys.argv[1:] if arguments is None else arguments))
+    command = shlex.join(["python", "-m", "scripts.ablate_heads", *given])
     return exit_code_of(lambda ending: _ablate(options, rest, command))
 
 
@@ -63,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--parallel", type=int, metavar="N", help="runs at once; default: one a GPU, else one")
     add("--baseline", metavar="NAME", help="variant that the others are compared with; default: the first one")
     add("--metric", choices=METRICS, help="what is compared; default: accuracy for corpus recall, else validation_loss")
-    add("--list", action="store_true", help="print the variants and the commands, and run nothing")
+    add("--list", action="store_true", help="print the variants and their sizes, and run nothing")
     return parser
 
 
@@ -76,6 +89,7 @@ def _amount(text: str) -> float:
 
 def _ablate(options: argparse.Namespace, rest: list[str], command: str) -> None:
     _check(options, rest)
+    check_out(options.out)
     base = Base(options.config, rest)
     import_modules(base.imports())
     variants = make_variants(base, options.pairs, options.vary, options.overlays)
@@ -84,36 +98,60 @@ def _ablate(options: argparse.Namespace, rest: list[str], command: str) -> None:
         return
     machine = find_machine(options.parallel)
     record = _Record(options.out, machine.name, [variant.name for variant in variants])
-    names = list(dict.fromkeys([*(variant.name for variant in variants), *(run.variant for run in record.read())]))
+    names = list(dict.fromkeys(record.order))
     if options.baseline is not None and options.baseline not in names:
         raise ConfigError(f"--baseline: expected one of the variants {', '.join(names)}, got {options.baseline}")
+    refuse_other_base(options.out, record.read(), base.config())
     jobs = _jobs(options, base, variants, machine)
+    failed: dict[str, str] = {}
     try:
         failed = run_jobs(jobs, machine, record.add)
     finally:
-        for job in jobs:
-            if job.is_done():
-                record.add(job)
-        commands = [command, *(job.shell_command for job in jobs)]
-        _report(options, record.read(), options.baseline or names[0], base.config().data.corpus == "recall", commands)
+        failed |= record.add_all(jobs)
+        commands = [*_note_command(options.out, command), *(job.shell_command for job in jobs)]
+        metric = options.metric or ("accuracy" if base.config().data.corpus == "recall" else "validation_loss")
+        _report(options.out, record.read(), metric, options.baseline or names[0], failed, commands)
+    for name, reason in failed.items():
+        print(f"{name} failed: {reason}", file=sys.stderr)
     if failed:
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed; the same command tries them again")
 
 
+def _note_command(out: Path, command: str) -> list[str]:
+    """Add to `commands.txt` what fills the folder; return all such commands."""
+    path = out / "commands.txt"
+    with disk_errors(path):
+        known = path.read_text().splitlines() if path.exists() else []
+        if command not in known:
+            known.append(command)
+            replace_file(path, "".join(f"{line}\n" for line in known).encode())
+    return known
+
+
 def _report(
-    options: argparse.Namespace, results: Sequence[Result], baseline: str, recall: bool, commands: list[str]
+    out: Path,
+    results: list[Result],
+    metric: str,
+    baseline: str | None,
+    failed: dict[str, str],
+    commands: list[str],
 ) -> None:
     if not results:
         return
+    remarks = [f"Failed: {name}: {reason}" for name, reason in failed.items()]
+    if baseline not in {result.variant for result in results}:
+        remarks.append(f"No run of the baseline {baseline} is done.")
+        baseline = None
     table = write_report(
-        options.out,
-        list(results),
-        title=options.out.name,
-        metric=options.metric or ("accuracy" if recall else "validation_loss"),
-        baseline=baseline if baseline in {result.variant for result in results} else None,
+        out,
+        results,
+        title=out.name,
+        metric=metric,
+        baseline=baseline,
+        remarks=remarks,
         commands=commands,
     )
-    print(f"{table}\nreport: {options.out / 'report.html'}")
+    print(f"{table}\nreport: {out / 'report.html'}")
 
 
 def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -129,10 +167,10 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _print_sizes(variants: Sequence[Variant]) -> None:
     width = max(len(variant.name) for variant in variants)
-    print(f"{'variant':{width}}  {'parameters':>14}  {'state':>12}  {'MFLOP a token':>13}")
+    print(f"{'variant':{width}}  {'parameters':>14}  {'state':>12}  {'FLOP a token':>13}")
     for variant in variants:
         size = variant.size
-        row = f"{size.parameters:14,}  {size.state_size:12,}  {size.flops_per_token / 1e6:13,.1f}"
+        row = f"{size.parameters:14,}  {size.state_size:12,}  {size.flops_per_token:13,.0f}"
         print(f"{variant.name:{width}}  {row}")
 
 
@@ -184,17 +222,33 @@ class _Record:
     Args:
         out: folder of the ablation.
         device: on which runs are made now.
-        variants: of this command, which come last in the file, in this order.
+        variants: of this command.
+
+    Attributes:
+        order: names of all variants, those of other commands first.
     """
 
     def __init__(self, out: Path, device: str, variants: Sequence[str]) -> None:
         self._path, self._out, self._device = out / "results.jsonl", out, device
-        self._order = [*(run.variant for run in self.read() if run.variant not in variants), *variants]
+        self.order = [*(run.variant for run in self.read() if run.variant not in variants), *variants]
 
     def read(self) -> list[Result]:
         """Return what is known of the runs whose folders are there."""
-        known = read_results(self._path) if self._path.exists() else []
+        try:
+            known = read_results(self._path) if self._path.exists() else []
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; remove it, and every command adds its runs that are done again") from None
         return [result for result in known if (self._out / result.folder).is_dir()]
+
+    def add_all(self, jobs: Sequence[Job]) -> dict[str, str]:
+        """Take up what is done; return why runs that are done can't be."""
+        failed = {}
+        for job in (job for job in jobs if job.is_done()):
+            try:
+                self.add(job)
+            except RunError as error:
+                failed[job.name] = str(error)
+        return failed
 
     def add(self, job: Job) -> None:
         """Take up a run that is done; another command may do so at the same time."""
@@ -203,7 +257,7 @@ class _Record:
             before = known.get(str(job.out.relative_to(self._out)))
             result = result_of(job, before.device if before else self._device, self._out)
             known[result.folder] = result
-            order = [*self._order, *(other.variant for other in known.values())]
+            order = [*self.order, *(other.variant for other in known.values())]
             results = sorted(known.values(), key=lambda other: (order.index(other.variant), other.seed))
             if result != before:
                 write_results(self._path, results)

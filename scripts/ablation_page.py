@@ -22,7 +22,7 @@ def table(summaries: Sequence[Summary], metric: Metric, baseline: str | None) ->
     """Return the table as rows of cells, plain text; the first row is the header."""
     shown = [metric, *(METRICS[key] for key in _BESIDE.get(metric.key, ()))]
     names = [_heading(each) for each in shown]
-    header = ["variant", "runs", "parameters", "state", "MFLOP a token", "tokens/s", "tokens", *names]
+    header = ["variant", "runs", "parameters", "state", "FLOP a token", "tokens/s", "tokens", *names]
     compared = [] if baseline is None else [f"difference to {baseline}", "p (Holm)"]
     return [[*header, *compared], *(_row(summary, shown, baseline) for summary in summaries)]
 
@@ -40,7 +40,7 @@ def _row(summary: Summary, shown: list[Metric], baseline: str | None) -> list[st
         str(len(runs)) if counted == len(runs) else f"{counted} of {len(runs)}",
         count(first.parameters),
         count(first.state_size),
-        _number(first.flops_per_token / 1e6, 1),
+        count(round(first.flops_per_token)),
         _number(statistics.median(speeds), 0) if speeds else NOTHING,
         " to ".join(dict.fromkeys([count(min(tokens)), count(max(tokens))])),
         _interval(summary.estimate, shown[0]),
@@ -111,7 +111,7 @@ def _listed(values: Iterable[int]) -> str:
 
 def _notes_on_comparisons(summaries: Sequence[Summary], metric: Metric, baseline: str | None) -> list[str]:
     if baseline is None:
-        return ["No baseline was named: 0 comparisons."]
+        return ["Without a baseline there is no comparison."]
     others = [summary for summary in summaries if summary.variant != baseline]
     found = [summary.comparison for summary in others if summary.comparison]
     tested = sum(comparison.p is not None for comparison in found)
@@ -127,12 +127,15 @@ def _notes_on_comparisons(summaries: Sequence[Summary], metric: Metric, baseline
     return items
 
 
-def markdown(summaries: Sequence[Summary], metric: Metric, baseline: str | None) -> str:
-    """Return the table in GitHub's Markdown, and under it the notes."""
+def markdown(summaries: Sequence[Summary], metric: Metric, baseline: str | None, remarks: Sequence[str] = ()) -> str:
+    """Return the table in GitHub's Markdown, and under it the notes and remarks."""
     header, *rows = [[_markdown(cell) for cell in row] for row in table(summaries, metric, baseline)]
     rule = [":---", *["---:"] * (len(header) - 1)]
     lines = [f"| {' | '.join(row)} |" for row in [header, rule, *rows]]
-    return "\n".join([*lines, "", *(f"- {_markdown(note)}" for note in notes(summaries, metric, baseline))]) + "\n"
+    return (
+        "\n".join([*lines, "", *(f"- {_markdown(note)}" for note in [*notes(summaries, metric, baseline), *remarks])])
+        + "\n"
+    )
 
 
 def _markdown(text: str) -> str:
@@ -174,6 +177,7 @@ def page(
     baseline: str | None,
     figures: Figures,
     commands: Sequence[str],
+    remarks: Sequence[str] = (),
 ) -> str:
     """Return the report as one HTML file without links to others, for light and dark displays.
 
@@ -184,9 +188,10 @@ def page(
         baseline: the variant that the others are compared with.
         figures: to be shown.
         commands: those that repeat the ablation.
+        remarks: more to be known about the numbers.
     """
     runs = [run for summary in summaries for run in summary.runs]
-    items = "\n".join(f"<li>{escape(note)}</li>" for note in notes(summaries, metric, baseline))
+    items = "\n".join(f"<li>{escape(note)}</li>" for note in [*notes(summaries, metric, baseline), *remarks])
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<h2>Variants</h2>\n{_html_table(table(summaries, metric, baseline))}",

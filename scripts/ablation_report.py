@@ -288,7 +288,14 @@ def _adjust(comparison: Comparison | None, adjusted: float | None) -> Comparison
 
 
 def write_report(
-    out: Path, results: list[Result], *, title: str, metric: str, baseline: str | None, commands: list[str]
+    out: Path,
+    results: list[Result],
+    *,
+    title: str,
+    metric: str,
+    baseline: str | None,
+    commands: list[str],
+    remarks: Sequence[str] = (),
 ) -> str:
     """Write `results.jsonl`, `table.md`, `curves` and `state` as .png and .svg, and `report.html` into a folder.
 
@@ -299,6 +306,7 @@ def write_report(
         metric: a key of METRICS.
         baseline: the variant that the others are compared with, None for no comparison.
         commands: those that repeat the ablation, for the page.
+        remarks: more to be known about the numbers, a sentence or two each.
 
     Returns:
         The content of `table.md`: the table as Markdown and what is to be known about its numbers.
@@ -316,10 +324,11 @@ def write_report(
     shown = [_presentable(result) for result in results]
     against = None if baseline is None else plain(baseline)
     summaries = summarise(shown, METRICS[metric], against)
-    table = markdown(summaries, METRICS[metric], against)
+    told = list(map(plain, remarks))
+    table = markdown(summaries, METRICS[metric], against, told)
     figures = draw(out, shown, METRICS[metric])
     plain_commands = ["\n".join(map(_plain_command, command.splitlines())) for command in commands]
-    html = page(plain(title), summaries, METRICS[metric], against, figures, plain_commands)
+    html = page(plain(title), summaries, METRICS[metric], against, figures, plain_commands, told)
     write_results(out / "results.jsonl", results)
     files = {"table.md": table.encode(), **figures.files, "report.html": html.encode()}
     for name, content in files.items():

@@ -1,13 +1,16 @@
 """The runs of an ablation: each an ordinary `train.py`, some at once, skipped where done, gone on with where begun."""
 
+import ctypes
 import json
+import math
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,16 @@ from typing import Any
 from tqdm import tqdm
 
 from scripts.ablation_report import Result
-from scripts.ablation_variants import Variant
+from scripts.ablation_variants import HEAD_KEYS, Variant
 from training.config import Config, config_values, load_config
-from training.errors import ConfigError
+from training.errors import CheckpointError, ConfigError, RunError
 from training.metrics import read_records
 from training.outcome import Interrupted, StopSignal
+from training.redaction import redact
 from training.storage import disk_errors, replace_file
 
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
 _TRAIN = Path(__file__).parents[1] / "train.py"
 _POLL_SECONDS = 0.5
 _TAIL_BYTES = 4096  # more than a line of metrics
@@ -71,16 +77,9 @@ class Job:
         Raises:
             ConfigError: the folder holds a run of other settings.
         """
-        saved = self.out / "config.yaml"
-        if not saved.exists():
+        if not (self.out / "config.yaml").exists():
             return False
-        before, now = config_values(load_config(["--config", str(saved)]).config), config_values(self.config)
-        for key in (key for key in now if not key.startswith(("tracking.", "checkpoint.")) and key not in _FREE):
-            if before[key] != now[key]:
-                raise ConfigError(
-                    f"--out: {self.out} holds a run with {key} {before[key]!r}, expected {now[key]!r}; give another"
-                    " --out"
-                )
+        _refuse_other(self.out, self.config)
         return _exit_code(self.out) == 0 and self.last_record().get("step") == self.config.training.steps
 
     def last_record(self) -> dict[str, Any]:
@@ -99,6 +98,37 @@ class Job:
                     return {}
                 return record if isinstance(record, dict) else {}
         return {}
+
+
+def refuse_other_base(out: Path, results: Sequence[Result], base: Config) -> None:
+    """Refuse to add to runs of an ablation that had another base.
+
+    Args:
+        out: the ablation's folder.
+        results: of the runs in it.
+        base: what all runs share, but for the heads, their own settings, seeds and budgets.
+
+    Raises:
+        ConfigError: naming the run, the key, and both values.
+    """
+    for result in results:
+        if (out / result.folder / "config.yaml").exists():
+            own = {"seed", "training.steps", *HEAD_KEYS, *result.settings}
+            _refuse_other(out / result.folder, base, own)
+
+
+def _refuse_other(out: Path, config: Config, own: Container[str] = ()) -> None:
+    try:
+        saved = config_values(load_config(["--config", str(out / "config.yaml")]).config)
+    except ConfigError as error:
+        raise CheckpointError(f"{out / 'config.yaml'}: damaged: {error}; remove {out} to run it again") from None
+    for key, value in config_values(config).items():
+        if key in own or key in _FREE or key.startswith(("tracking.", "checkpoint.")):
+            continue
+        if saved[key] != (value := redact(value, key.rpartition(".")[2])):  # as it was saved
+            raise ConfigError(
+                f"--out: {out} holds a run with {key} {saved[key]!r}, expected {value!r}; give another --out"
+            )
 
 
 def _exit_code(out: Path) -> int | None:
@@ -217,6 +247,7 @@ class _Pool:
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,  # Ctrl-C comes here, and from here once to each run
+                        preexec_fn=_end_with_parent,
                     )
                 self.running[slot] = job, process
 
@@ -227,13 +258,19 @@ class _Pool:
                 continue
             del self.running[slot]
             if process.returncode == 0:
-                self._done += 1
-                self.finished(job)
+                self._finish(job)
             elif not self.stopping:
                 self.failed[job.name] = _reason(job, process.returncode)
                 tqdm.write(f"{job.name} failed: {self.failed[job.name]}", file=sys.stderr)
         self._bar.set_postfix_str(self._status(), refresh=False)
         self._bar.update(self._tokens_done() - self._bar.n)
+
+    def _finish(self, job: Job) -> None:
+        try:
+            self.finished(job)
+            self._done += 1
+        except RunError as error:
+            self.failed[job.name] = str(error)
 
     def stop(self) -> None:
         """Ask every run to save and end."""
@@ -249,6 +286,12 @@ class _Pool:
         return "; ".join(
             [f"{self._done} of {self._total} runs{failed}", *(_progress(job) for job, _ in self.running.values())]
         )
+
+
+def _end_with_parent() -> None:
+    """Have the kernel ask this process to save and end should the one that started it be killed (Linux)."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _write_files(job: Job) -> None:
@@ -283,8 +326,18 @@ def _reason(job: Job, code: int) -> str:
 
 
 def result_of(job: Job, device: str, root: Path) -> Result:
-    """What a run that is done has measured."""
+    """What a run that is done has measured.
+
+    Raises:
+        CheckpointError: its files do not tell.
+    """
     steps, evaluations = read_records(job.out / "metrics.jsonl"), read_records(job.out / "evaluations.jsonl")
+    total = job.config.training.steps
+    if not steps or not evaluations or not steps[-1]["step"] == evaluations[-1]["step"] == total:
+        raise CheckpointError(
+            f"{job.out}: expected metrics.jsonl and evaluations.jsonl up to step {total}; remove the folder to run it"
+            " again"
+        )
     settled = steps[len(steps) // 10 :]  # the first ones allocate and compile
     speed = statistics.median(record["tokens_per_second"] for record in settled)
     last = [record["loss"] for record in steps[-max(1, len(steps) // 50) :] if record["loss"] is not None]
@@ -300,15 +353,15 @@ def result_of(job: Job, device: str, root: Path) -> Result:
         parameters=size.parameters,
         state_size=size.state_size,
         flops_per_token=size.flops_per_token,
-        steps=job.config.training.steps,
+        steps=total,
         tokens=job.tokens,
         seconds=job.tokens / speed,
         tokens_per_second=speed,
-        train_loss=statistics.mean(last),
+        train_loss=statistics.mean(last or [math.nan]),
         validation_loss=evaluations[-1]["validation_loss"],
         best_validation_loss=min(losses, default=None),
         bits_per_byte=evaluations[-1]["bits_per_byte"],
-        accuracy=evaluations[-1]["accuracy"],
+        accuracy=evaluations[-1].get("accuracy"),  # which older runs have not
         device=device,
         folder=str(job.out.relative_to(root)),
     )

@@ -1,5 +1,6 @@
 """Variants of an ablation: heads x width, varied keys, overlays; their size, and the steps that a budget buys."""
 
+import hashlib
 import itertools
 import math
 import re
@@ -13,9 +14,12 @@ import yaml
 from training.config import Config, Run, config_values, load_config
 from training.errors import ConfigError
 
+_LONGEST_NAME = 100  # characters; file systems take 255 bytes
+_NOT_VARIED = ("seed", "training.steps", "tracking.wandb_group")  # what runs get from --seeds, a budget and their names
+_SAME_TASK = ("data.document_boundaries", "data.recall_fewest_pairs", "data.num_proc")
 _TOLERANCE = 0.005  # of the parameters, between variants that differ in heads alone
 BUDGETS = ("tokens", "flops", "seconds")
-_HEAD_KEYS = ("model.num_attention_heads", "model.head_dim", "model.num_key_value_heads", "model.intermediate_size")
+HEAD_KEYS = ("model.num_attention_heads", "model.head_dim", "model.num_key_value_heads", "model.intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,10 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """The name as that of a folder."""
-        return re.sub(r"[^A-Za-z0-9.=_,+-]+", "_", self.name.replace("/", "kv"))
+        """The name as that of a folder, with a part of its hash where it is too long or has other characters."""
+        plain = self.name.replace("/", "kv").replace(" ", "_")
+        safe = re.sub(r"[^A-Za-z0-9.=_,+-]", "_", plain)[:_LONGEST_NAME]
+        return safe if safe == plain else f"{safe}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
@@ -122,12 +128,7 @@ def make_variants(
     if len(products) > 1:
         raise ConfigError(f"--pairs: expected one product of heads and width, got {sorted(products)}")
     for key, *values in varied:
-        if key in _HEAD_KEYS[:3]:
-            raise ConfigError(f"--vary {key}: expected --pairs to name heads and widths")
-        if key not in config_values(plain) or not values:
-            raise ConfigError(
-                f"--vary: expected a key of the configuration and its values, got {' '.join((key, *values))}"
-            )
+        _check_varied(key, values, plain)
     axes = [[(key, value) for value in values] for key, *values in varied]
     variants = [
         _variant(base, pair, settings, overlay, plain)
@@ -135,11 +136,26 @@ def make_variants(
         for settings in itertools.product(*axes)
         for pair in chosen
     ]
-    names = [variant.name for variant in variants]
-    if same := next((name for name in names if names.count(name) > 1), None):
-        raise ConfigError(f"expected variants that differ, got {same} twice")
+    for first, second in itertools.combinations(variants, 2):
+        if first.config == second.config:
+            raise ConfigError(f"expected variants that differ, {first.name} and {second.name} are the same")
+    for variant in variants:
+        if other := next((key for key in variant.settings if key.startswith("data.") and key not in _SAME_TASK), None):
+            raise ConfigError(
+                f"{variant.name}: expected the same data for all variants, got another {other}: what is measured on"
+                " other data does not compare; give it to a command of its own, with another --out"
+            )
     _check_equal(variants)
     return variants
+
+
+def _check_varied(key: str, values: Sequence[str], plain: Config) -> None:
+    if key in HEAD_KEYS[:3]:
+        raise ConfigError(f"--vary {key}: expected --pairs to name heads and widths")
+    if key in _NOT_VARIED:
+        raise ConfigError(f"--vary {key}: expected another key; see --seeds and --tokens")
+    if key not in config_values(plain) or not values:
+        raise ConfigError(f"--vary: expected a key of the configuration and its values, got {' '.join((key, *values))}")
 
 
 def _pair_of(config: Config) -> Pair:
@@ -163,7 +179,7 @@ def _variant(
     changed = {
         key: value
         for key, value in values.items()
-        if key not in _HEAD_KEYS and (value != others[key] or key in dict(settings))
+        if key not in HEAD_KEYS and (value != others[key] or key in dict(settings))
     }
     return Variant(pair, changed, " ".join((pair.name, *parts)), config, measure(config))
 
@@ -175,7 +191,7 @@ def _head_arguments(pair: Pair, config: Config) -> list[str]:
     layer = 5 * model.hidden_size + 3 * model.intermediate_size  # C parameters each
     step = 8 if _TOLERANCE * layer > 3 * 4 else 1  # multiples of 8 suit tensor cores; rounding must not show
     values = (pair.heads, pair.width, pair.kv_heads, model.intermediate_size + step * round(saved / step))
-    return [f"--{key}={value}" for key, value in zip(_HEAD_KEYS, values, strict=True)]
+    return [f"--{key}={value}" for key, value in zip(HEAD_KEYS, values, strict=True)]
 
 
 def _check_equal(variants: Sequence[Variant]) -> None:
@@ -200,9 +216,14 @@ def measure(config: Config) -> Size:
     import torch
 
     from model import TransnormerForCausalLM
+    from training.corpus import check_options
     from training.metrics import flops_per_token, state_size
+    from training.recall import check_recall
     from training.setup import model_config
 
+    check_options(config.data)
+    if config.data.corpus == "recall":
+        check_recall(config.data)
     shape = model_config(config, _vocab_size(config), special_ids={})
     with torch.device("meta"):
         model = TransnormerForCausalLM(shape)
@@ -228,7 +249,11 @@ class Budget:
     amount: float
 
     def steps(self, variant: Variant, tokens_per_second: float | None) -> int:
-        """Steps that are nearest to the budget, at least 1; the speed is for a budget of seconds."""
+        """Steps that are nearest to the budget; the speed is for a budget of seconds.
+
+        Raises:
+            ConfigError: not even one.
+        """
         config = variant.config
         tokens = self.amount
         if self.kind == "flops":
@@ -237,7 +262,13 @@ class Budget:
             assert tokens_per_second is not None
             tokens *= tokens_per_second
         step = config.training.batch_size * config.data.sequence_length
-        return max(1, math.floor(tokens / step + 0.5))
+        steps = math.floor(tokens / step + 0.5)
+        if not 0 < steps < 2**63:
+            raise ConfigError(
+                f"--{self.kind}: {variant.name}: expected a budget of 1 step or more, of {step:,} tokens each, got"
+                f" {self.amount:g}"
+            )
+        return steps
 
 
 def overlay_text(base: Base, config: Config) -> str:

@@ -14,6 +14,7 @@ from training.errors import ConfigError, RunError
 from training.imports import IMPORT_HELP, import_modules
 
 if TYPE_CHECKING:
+    from training.config import Config
     from training.evaluation import Score
 
 
@@ -67,11 +68,13 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> "Score":
     from training.config import DataConfig, load_config
     from training.corpus import all_documents, documents
 
+    config = None
     if options.text:
         texts = all_documents(DataConfig(corpus="text", paths=options.text))
     else:
         files = [argument for file in options.config for argument in ("--config", file)]
-        texts = documents(load_config([*files, *overrides]).config.data, options.split)
+        config = load_config([*files, *overrides]).config
+        texts = iter(()) if config.data.corpus == "recall" else documents(config.data, options.split)
     from training.opening import open_model
 
     import_modules(options.imports)
@@ -83,14 +86,34 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> "Score":
     from training.evaluation import Score, score
     from training.tokenizer import token_byte_lengths
 
-    window = options.window or model.config.max_position_embeddings
-    rows = tqdm(_windows(texts, tokenizer, window), desc="evaluating", unit=" windows")
-    at_once = options.batch_tokens if model.config.attention == "lightning" else 1
-    batches = _packed(_up_to(rows, options.max_tokens), at_once)
+    if config is not None and config.data.corpus == "recall":
+        batches = _recall_batches(config, options, tokenizer)
+    else:
+        window = options.window or model.config.max_position_embeddings
+        rows = tqdm(_windows(texts, tokenizer, window), desc="evaluating", unit=" windows")
+        at_once = options.batch_tokens if model.config.attention == "lightning" else 1
+        batches = _packed(_up_to(rows, options.max_tokens), at_once)
     nll, tokens, num_bytes, correct = score(model, batches, token_byte_lengths(tokenizer), nullcontext).tolist()
     if not tokens:
         raise ConfigError("nothing to evaluate: no document with text")
     return Score(nll, int(tokens), int(num_bytes), int(correct))
+
+
+def _recall_batches(config: "Config", options: argparse.Namespace, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """Generated rows, whose answers alone are predicted, for a model that was trained on their symbols."""
+    from training.batches import evaluation_batches
+    from training.data import prepare
+
+    data = prepare(config)
+    if len(tokenizer) != data.vocab_size:
+        raise ConfigError(
+            f"data.recall_symbols: expected those of the model, whose tokenizer has {len(tokenizer)} pieces, got"
+            f" {config.data.recall_symbols}, with which there are {data.vocab_size}"
+        )
+    tokens, length = getattr(data, options.split), config.data.sequence_length
+    rows_at_once = max(1, options.batch_tokens // length)
+    most = options.max_tokens or tokens.num_rows(length) * length
+    return evaluation_batches(tokens, length, rows_at_once, most, boundaries=False)
 
 
 def _windows(texts: Iterable[str], tokenizer: Any, window: int) -> Iterator[list[int]]:

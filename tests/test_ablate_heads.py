@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from model import TransnormerForCausalLM
+from scripts import evaluate
 from scripts.ablate_heads import main
 from scripts.ablation_report import read_results
 from scripts.ablation_runs import Job, Machine, run_jobs
@@ -104,18 +105,31 @@ def test_pairs_values_and_overlays_are_combined(base_file: str, tmp_path: Path) 
     ("pairs", "varied", "arguments", "message"),
     [
         (["4x16", "1x32"], [], [], r"--pairs: expected one product of heads and width, got \[32, 64\]"),
-        (["4x16", "4x16"], [], [], "expected variants that differ, got 4x16 twice"),
+        (["4x16", "4x16"], [], [], "expected variants that differ, 4x16 and 4x16 are the same"),
         (["4x16"], [["model.decay"]], [], "--vary: expected a key of the configuration and its values"),
         (["4x16"], [["model.decy", "fixed"]], [], "--vary: expected a key of the configuration"),
         (["4x16"], [["model.decay", "fast"]], [], "model.decay: expected one of fixed, learned, none, got fast"),
         (["4x16"], [["model.head_dim", "8"]], [], "--vary model.head_dim: expected --pairs"),
         (["4x16", "1x64"], [], ["--model.decay_slopes=[0.5]"], "decay_slopes: expected 4 numbers"),
+        (["4x16"], [["seed", "1", "2"]], [], "--vary seed: expected another key; see --seeds and --tokens"),
+        (["4x16"], [["training.steps", "1", "2"]], [], "--vary training.steps: expected another key"),
+        (["4x16"], [["optim.lr", "1e-3", "0.001"]], [], "4x16 lr=1e-3 and 4x16 lr=0.001 are the same"),
+        (["4x16"], [["data.recall_symbols", "20", "30"]], [], "4x16 recall_symbols=20: expected the same data for all"),
+        (["4x16"], [], ["--data.recall_pairs=80"], "data.sequence_length: expected an even number from 320"),
         (["4x16"], [], ["--model.gate=maybe"], "model.gate: expected true or false, got maybe"),
     ],
 )
 def test_variants_that_can_not_be_are_refused(base_file, pairs, varied, arguments, message) -> None:
     with pytest.raises(ConfigError, match=message):
         variants_of(base_file, pairs, varied, (), arguments)
+
+
+def test_folders_differ_where_names_do(base_file: str) -> None:
+    values = ["!", "?", "a" * 300, "a" * 299 + "b", "plain"]
+    folders = [v.folder for v in variants_of(base_file, ["8x8/1"], [["training.sample_prompt", *values]])]
+    assert len(set(folders)) == 5
+    assert max(map(len, folders)) < 120
+    assert folders[-1] == "8x8kv1_sample_prompt=plain"
 
 
 def test_an_overlay_that_changes_nothing_is_refused(base_file: str, tmp_path: Path) -> None:
@@ -143,7 +157,10 @@ def test_overlays_give_back_the_configuration(base_file: str, tmp_path: Path) ->
 def test_budgets_are_steps(base_file: str) -> None:
     narrow, wide = variants_of(base_file, ["4x16", "1x64"])
     assert Budget("tokens", 320).steps(narrow, None) == Budget("tokens", 320).steps(wide, None) == 10
-    assert Budget("tokens", 1).steps(narrow, None) == 1
+    assert Budget("tokens", 17).steps(narrow, None) == 1
+    for amount in (15, 1e30):
+        with pytest.raises(ConfigError, match="--tokens: 4x16: expected a budget of 1 step or more, of 32 tokens each"):
+            Budget("tokens", amount).steps(narrow, None)
     flops = 50 * 32 * wide.size.flops_per_token
     assert Budget("flops", flops).steps(wide, None) == 50
     ratio = wide.size.flops_per_token / narrow.size.flops_per_token
@@ -183,6 +200,26 @@ def test_runs_are_made_skipped_and_added_to(base_file, tmp_path, capsys) -> None
     assert "holds a run with training.steps 4, expected 2; give another --out" in capsys.readouterr().err
     assert yaml.safe_load((out / "overlays" / "4x16.yaml").read_text())["tracking"] == {"wandb_group": "4x16"}
     assert "steps" not in (out / "overlays" / "4x16.yaml").read_text()
+    assert main([*command, "--seeds", "1", "--optim.lr", "0.5"]) == 2
+    assert "4x16/seed0 holds a run with optim.lr 0.001, expected 0.5; give another --out" in capsys.readouterr().err
+    assert not (out / "4x16" / "seed1").exists()
+    evaluations = out / "4x16" / "seed0" / "evaluations.jsonl"
+    kept = evaluations.read_bytes()
+    evaluations.write_bytes(kept.splitlines(keepends=True)[0])
+    assert main([*command, "1x64", "--seeds", "0"]) == 1
+    printed = capsys.readouterr()
+    assert "4x16 seed 0 failed:" in printed.err
+    assert "evaluations.jsonl up to step 4; remove the folder to run it again" in printed.err
+    assert "Failed: 4x16 seed 0" in (out / "table.md").read_text()
+    evaluations.write_bytes(kept)
+    assert (
+        evaluate.main([str(out / "4x16" / "seed0"), "--config", str(out / "4x16" / "seed0" / "config.yaml"), "--json"])
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(
+        first.accuracy if first.variant == "4x16" else second.accuracy
+    )
+    assert len((out / "commands.txt").read_text().splitlines()) == 2
     page = (out / "report.html").read_text()
     assert "1x64" in page
     assert "train.py" in page

@@ -125,7 +125,7 @@ def test_the_table_shows_means_differences_and_adjusted_p(tmp_path: Path) -> Non
     runs[0] = dataclasses.replace(runs[0], tokens_per_second=90_000.0)
     markdown = report(tmp_path, runs, baseline="12x64")
     base, heads, single, partial = (cells(markdown, name) for name in ("12x64", "4x192", "1x768", "2x384"))
-    assert base[1:7] == ["3", "44.0M", "590k", "250.0", "50,000", "1.00M"]
+    assert base[1:7] == ["3", "44.0M", "590k", "250M", "50,000", "1.00M"]
     assert base[7:] == ["3.0333 ± 0.1434", "3.0333 ± 0.1434", "baseline", NOTHING]
     assert heads[9:] == ["+0.1333 ± 0.1434", "0.057 (0.11)"]
     assert single[7:] == ["2.5000", "2.5000", f"{MINUS}0.5000", NOTHING]
