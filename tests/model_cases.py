@@ -21,10 +21,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "lrpe_layers": [],
         "tie_word_embeddings": True,
     },
-    "mqa-lrpe2-l2-fixed": {"num_key_value_heads": 1, "lrpe_layers": [0, 1], "qk_norm": "l2"},
+    "mqa-lrpe2-l2-fixed": {
+        "num_key_value_heads": 1,
+        "lrpe_layers": [0, 1],
+        "qk_norm": "l2",
+        "decay_slopes": [2, 0.5, 0.1, 0.01],
+    },
     "gqa-lrpe-none": {"num_key_value_heads": 2, "decay": "none", "lrpe_layers": [1], "scale_embeddings": False},
-    "gqa-slopes-no-gate": {"num_key_value_heads": 2, "decay_slopes": [2, 0.5, 0.1, 0.01], "gate": False},
-    "one-head-learned": {"num_attention_heads": 1, "head_dim": 24, "decay": "learned"},
+    "one-head-learned": {"num_attention_heads": 1, "head_dim": 24, "decay": "learned", "gate": False},
 }
 all_variants = pytest.mark.parametrize("variant", VARIANTS)
 some_variants = pytest.mark.parametrize("variant", ["mha-lrpe-fixed", "gqa-l2-learned-tied", "gqa-lrpe-none"])

@@ -273,7 +273,7 @@ def test_gradient_checkpointing_refuses_a_cache() -> None:
 
 
 def test_every_parameter_learns(device: torch.device) -> None:
-    for variant in ("mha-lrpe-fixed", "one-head-learned", "gqa-l2-learned-tied", "gqa-slopes-no-gate"):
+    for variant in ("mha-lrpe-fixed", "one-head-learned", "gqa-l2-learned-tied", "mqa-lrpe2-l2-fixed"):
         model, ids = tiny_model(variant, device).train(), random_ids(2, 40, device=device)
         model(ids, labels=ids).loss.backward()
         assert all(torch.isfinite(grad).all() and grad.abs().max() > 0 for grad in gradients(model))
@@ -468,7 +468,7 @@ def test_autocast_generates_as_it_runs(device: torch.device) -> None:
         assert_near(step.logits[:, 0], model(ids).logits[:, -1], 0.1)
 
 
-@pytest.mark.parametrize("variant", ["mha-lrpe-fixed", "gqa-l2-learned-tied", "gqa-slopes-no-gate"])
+@pytest.mark.parametrize("variant", ["mha-lrpe-fixed", "gqa-l2-learned-tied"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiled_in_one_graph(variant: str, packed: bool, device: torch.device) -> None:
     torch.compiler.reset()

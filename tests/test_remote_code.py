@@ -82,7 +82,7 @@ model = AutoModelForCausalLM.from_pretrained("wave", trust_remote_code=True)
 save_file({"logits": model(ids).logits.detach()}, "wave.safetensors")
 """
 
-VARIANTS = ["mha-lrpe-fixed", "gqa-l2-learned-tied", "gqa-slopes-no-gate"]
+VARIANTS = ["mha-lrpe-fixed", "gqa-l2-learned-tied", "one-head-learned"]
 CODE = {
     "attention_transnormer.py",
     "blockwise.py",
