@@ -156,6 +156,7 @@ def test_a_stranger_computes_the_same_bits(i: int, stranger: tuple[Path, dict[st
     assert_found(found, i, tiny_model(VARIANTS[i]))
 
 
+@pytest.mark.usefixtures("mask_registry")
 def test_a_stranger_computes_masked_attention_and_registers_a_mask(tmp_path: Path) -> None:
     register_mask("wave", lambda batch, head, query, key: torch.cos(head + query - key))
     learned, wave = (
