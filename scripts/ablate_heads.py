@@ -22,24 +22,16 @@ from typing import Any
 from filelock import FileLock
 
 from scripts.ablation_report import METRICS, Result, read_results, write_report, write_results
-from scripts.ablation_runs import (
-    Job,
-    Machine,
-    find_machine,
-    measured_speed,
-    refuse_other_base,
-    result_of,
-    run_jobs,
-    train_command,
-)
+from scripts.ablation_runs import Job, Machine, find_machine, refuse_other_base, result_of, run_jobs
 from scripts.ablation_variants import BUDGETS, Base, Budget, Variant, make_variants, overlay_text
+from training.config import check
 from training.errors import CheckpointError, ConfigError, RunError
 from training.imports import import_modules
 from training.outcome import exit_code_of
 from training.redaction import redact_arguments
-from training.setup import check_out
 from training.storage import disk_errors, replace_file
 
+_TRAIN = Path(__file__).parents[1] / "train.py"
 _PROBE_STEPS = 40
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 _SET_HERE = ("seed", "resume", "changed", "tracking.wandb_group")
@@ -88,7 +80,9 @@ def _amount(text: str) -> float:
 
 
 def _ablate(options: argparse.Namespace, rest: list[str], command: str) -> None:
-    _check(options, rest)
+    from training.setup import check_out
+
+    _check_options(options, rest)
     check_out(options.out)
     base = Base(options.config, rest)
     import_modules(base.imports())
@@ -98,20 +92,20 @@ def _ablate(options: argparse.Namespace, rest: list[str], command: str) -> None:
         return
     machine = find_machine(options.parallel)
     record = _Record(options.out, machine.name, [variant.name for variant in variants])
-    names = list(dict.fromkeys(record.order))
-    if options.baseline is not None and options.baseline not in names:
-        raise ConfigError(f"--baseline: expected one of the variants {', '.join(names)}, got {options.baseline}")
+    if options.baseline not in (None, *record.order):
+        raise ConfigError(f"--baseline: expected one of the variants {', '.join(record.order)}, got {options.baseline}")
     refuse_other_base(options.out, record.read(), base.config())
     jobs = _jobs(options, base, variants, machine)
     failed: dict[str, str] = {}
     try:
         failed = run_jobs(jobs, machine, record.add)
     finally:
-        failed |= record.add_all(jobs)
+        damaged = record.add_all(jobs)
+        failed |= damaged
         commands = [*_note_command(options.out, command), *(job.shell_command for job in jobs)]
         metric = options.metric or ("accuracy" if base.config().data.corpus == "recall" else "validation_loss")
-        _report(options.out, record.read(), metric, options.baseline or names[0], failed, commands)
-    for name, reason in failed.items():
+        _report(options.out, record.read(), metric, options.baseline or record.order[0], failed, commands)
+    for name, reason in damaged.items():  # the others were told as they failed
         print(f"{name} failed: {reason}", file=sys.stderr)
     if failed:
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed; the same command tries them again")
@@ -154,7 +148,7 @@ def _report(
     print(f"{table}\nreport: {out / 'report.html'}")
 
 
-def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def _check_options(options: argparse.Namespace, rest: Sequence[str]) -> None:
     for argument in rest:
         key = argument.removeprefix("--").partition("=")[0]
         if argument.startswith("--") and key in _SET_HERE:
@@ -195,12 +189,14 @@ def _job(out: Path, base: Base, variant: Variant, seed: int, steps: int, **train
         tracking=replace(variant.config.tracking, wandb_group=variant.name),
     )
     overlay = out / "overlays" / f"{variant.folder}.yaml"
+    files = {overlay: overlay_text(base, config)}
+    config = replace(config, seed=seed)
+    check(config)
     folder, log = out / variant.folder / f"seed{seed}", out / "logs" / f"{variant.folder}_seed{seed}.log"
     options = [part for file in (*base.files, str(overlay)) for part in ("--config", file)]
     options += [f"--import={name}" for name in base.imports()]
-    command = train_command([*options, f"--seed={seed}", "--out", str(folder)])
-    files = {overlay: overlay_text(base, config)}
-    return Job(variant, seed, replace(config, seed=seed), folder, log, command, files)
+    command = [sys.executable, str(_TRAIN), *options, f"--seed={seed}", "--out", str(folder)]
+    return Job(variant, seed, config, folder, log, command, files)
 
 
 def _probe(out: Path, base: Base, variants: Sequence[Variant], machine: Machine) -> dict[str, float]:
@@ -213,7 +209,7 @@ def _probe(out: Path, base: Base, variants: Sequence[Variant], machine: Machine)
     failed = run_jobs(jobs, machine, lambda job: shutil.rmtree(job.out / "checkpoints"))
     if failed:
         raise RunError("the speed of a variant could not be measured")
-    return {job.variant.name: measured_speed(job) for job in jobs}
+    return {job.variant.name: job.last_record()["tokens_per_second"] for job in jobs}
 
 
 class _Record:
@@ -230,7 +226,8 @@ class _Record:
 
     def __init__(self, out: Path, device: str, variants: Sequence[str]) -> None:
         self._path, self._out, self._device = out / "results.jsonl", out, device
-        self.order = [*(run.variant for run in self.read() if run.variant not in variants), *variants]
+        others = (run.variant for run in self.read() if run.variant not in variants)
+        self.order = [*dict.fromkeys(others), *variants]
 
     def read(self) -> list[Result]:
         """Return what is known of the runs whose folders are there."""

@@ -28,7 +28,6 @@ from training.storage import disk_errors, replace_file
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
-_TRAIN = Path(__file__).parents[1] / "train.py"
 _POLL_SECONDS = 0.5
 _TAIL_BYTES = 4096  # more than a line of metrics
 _FREE = ("data.num_proc", "data.cache_dir", "training.cpu_threads", "training.peer_timeout", "training.peak_tflops")
@@ -80,7 +79,7 @@ class Job:
         if not (self.out / "config.yaml").exists():
             return False
         _refuse_other(self.out, self.config)
-        return _exit_code(self.out) == 0 and self.last_record().get("step") == self.config.training.steps
+        return _ending(self.out)[0] == 0 and self.last_record().get("step") == self.config.training.steps
 
     def last_record(self) -> dict[str, Any]:
         """The last whole line of `metrics.jsonl`; {} before there is one."""
@@ -113,8 +112,8 @@ def refuse_other_base(out: Path, results: Sequence[Result], base: Config) -> Non
     """
     for result in results:
         if (out / result.folder / "config.yaml").exists():
-            own = {"seed", "training.steps", *HEAD_KEYS, *result.settings}
-            _refuse_other(out / result.folder, base, own)
+            heads = HEAD_KEYS if result.kv_heads != result.heads else HEAD_KEYS[:3]  # the last is the GLU's width
+            _refuse_other(out / result.folder, base, {"seed", "training.steps", *heads, *result.settings})
 
 
 def _refuse_other(out: Path, config: Config, own: Container[str] = ()) -> None:
@@ -131,16 +130,13 @@ def _refuse_other(out: Path, config: Config, own: Container[str] = ()) -> None:
             )
 
 
-def _exit_code(out: Path) -> int | None:
+def _ending(out: Path) -> tuple[int | None, str]:
+    """The exit code and the reason that a run left; None as the code of one that left none."""
     try:
-        return json.loads((out / "exit.json").read_bytes())["exit_code"]
+        record = json.loads((out / "exit.json").read_bytes())
+        return record["exit_code"], record["reason"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def train_command(arguments: Sequence[str]) -> list[str]:
-    """The command that runs `train.py`."""
-    return [sys.executable, str(_TRAIN), *arguments]
+        return None, ""
 
 
 @dataclass(frozen=True)
@@ -155,8 +151,9 @@ class Machine:
         """Variables of the run in one of `parallel` slots."""
         if self.gpus:
             return os.environ | {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]}
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return os.environ | {"OMP_NUM_THREADS": str(max(1, cores // self.parallel))}
+        from training.setup import count_cores
+
+        return os.environ | {"OMP_NUM_THREADS": str(max(1, count_cores() // self.parallel))}
 
 
 def find_machine(parallel: int | None) -> Machine:
@@ -315,14 +312,10 @@ def _progress(job: Job) -> str:
 
 def _reason(job: Job, code: int) -> str:
     """What a run says of its end: in `exit.json`, or as the last line of its log."""
-    try:
-        reason = json.loads((job.out / "exit.json").read_bytes())
-        if reason["exit_code"] == code:
-            return f"exit code {code}: {reason['reason']}; {job.log}"
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    lines = job.log.read_text(errors="replace").splitlines()
-    return f"exit code {code}: {lines[-1] if lines else 'nothing printed'}; {job.log}"
+    known, reason = _ending(job.out)
+    if known != code:
+        reason = (job.log.read_text(errors="replace").splitlines() or ["nothing printed"])[-1]
+    return f"exit code {code}: {reason}; {job.log}"
 
 
 def result_of(job: Job, device: str, root: Path) -> Result:
@@ -365,8 +358,3 @@ def result_of(job: Job, device: str, root: Path) -> Result:
         device=device,
         folder=str(job.out.relative_to(root)),
     )
-
-
-def measured_speed(job: Job) -> float:
-    """Tokens per second at the end of a run."""
-    return job.last_record()["tokens_per_second"]

@@ -173,13 +173,13 @@ def _variant(
     config = base.config([*keys, *_head_arguments(pair, before)], overlays)
     if overlay is not None and before == base.config(keys):
         raise ConfigError(f"--overlays: {overlay}: expected keys that change something, it changes nothing")
-    values, others = config_values(config), config_values(plain)
+    values, others = config_values(before), config_values(plain)
     parts = [f"{key.rpartition('.')[2]}={value}" for key, value in settings]
     parts += [Path(file).stem for file in overlays]
     changed = {
         key: value
         for key, value in values.items()
-        if key not in HEAD_KEYS and (value != others[key] or key in dict(settings))
+        if key not in HEAD_KEYS[:3] and (value != others[key] or key in dict(settings))
     }
     return Variant(pair, changed, " ".join((pair.name, *parts)), config, measure(config))
 

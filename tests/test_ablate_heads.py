@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +98,9 @@ def test_pairs_values_and_overlays_are_combined(base_file: str, tmp_path: Path) 
     assert found[-1].config.model.gate is False
     assert found[0].folder == "4x16_decay=fixed"
     assert found[4].size.parameters < found[0].size.parameters
+    narrow, wide = variants_of(base_file, ["8x8/1"], [["model.intermediate_size", "64", "96"]])
+    assert (narrow.settings, wide.settings) == ({"model.intermediate_size": 64}, {"model.intermediate_size": 96})
+    assert narrow.config.model.intermediate_size == 64 + 37  # 2 · 7 · 8 / 3
     (alone,) = variants_of(base_file, [], arguments=["--model.head_dim=8"])
     assert alone.name == "4x8"
 
@@ -202,6 +206,8 @@ def test_runs_are_made_skipped_and_added_to(base_file, tmp_path, capsys) -> None
     assert "steps" not in (out / "overlays" / "4x16.yaml").read_text()
     assert main([*command, "--seeds", "1", "--optim.lr", "0.5"]) == 2
     assert "4x16/seed0 holds a run with optim.lr 0.001, expected 0.5; give another --out" in capsys.readouterr().err
+    assert main([*command, "--seeds", "1", "--model.intermediate_size", "97"]) == 2
+    assert "holds a run with model.intermediate_size 96, expected 97" in capsys.readouterr().err
     assert not (out / "4x16" / "seed1").exists()
     evaluations = out / "4x16" / "seed0" / "evaluations.jsonl"
     kept = evaluations.read_bytes()
@@ -277,6 +283,16 @@ def test_each_run_gets_its_gpu_or_its_cores() -> None:
     assert Machine(10 * cores, [], "cpu").environment(3)["OMP_NUM_THREADS"] == "1"
 
 
+@pytest.fixture
+def signal_handlers() -> Iterator[None]:
+    """What a stopped instrument leaves ignored is heard again after the test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signal_handlers")
 def test_a_signal_stops_all_runs(base_file: str, tmp_path: Path) -> None:
     (variant,) = variants_of(base_file, ["4x16"])
     jobs = [fake_job(variant, tmp_path, seed, 60.0) for seed in range(3)]
@@ -299,13 +315,13 @@ def test_a_signal_stops_all_runs(base_file: str, tmp_path: Path) -> None:
     assert time.monotonic() - began < 30
     assert [json.loads((job.out / "exit.json").read_text())["exit_code"] for job in jobs[:2]] == [143, 143]
     assert not jobs[2].out.exists()
-    assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN or signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--seed", "3"], "--seed: expected no such key here"),
+        (["--seeds", str(2**63)], "seed: expected a whole number that 64 bits hold"),
         (["--seeds", "1", "1"], "--seeds: expected different numbers from 0, got 1 1"),
         (["--parallel", "0"], "--parallel: expected 1 or more runs at once, got 0"),
         (["--optim.lrr", "1"], "--optim.lrr: no such option; did you mean optim.lr?"),

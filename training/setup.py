@@ -51,8 +51,12 @@ def _asked_threads() -> int | None:
 
 def _share_of_cores() -> int:
     """Cores for each process of this machine: `accelerate launch` would leave one thread, whatever there is."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # as torchrun and accelerate set it
+    return max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # as torchrun and accelerate set it
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def count_micro_batches(config: Config, processes: int) -> int:
