@@ -16,6 +16,7 @@ _DASHES: list[Any] = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), 
 _MARKERS = "osD^vP"
 _FEW = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")  # of Okabe and Ito
 _SETTLED = 0.2  # of a run's tokens: evaluations before are too far off to share a linear axis with the last ones
+_BEYOND = 0.04  # of what a share can be: intervals that reach farther are cut off
 _WIDE = 20.0  # ratio of losses, or of the runs' ends, from which on a logarithmic axis reads better
 
 
@@ -285,10 +286,13 @@ def draw_state(results: Sequence[Result], metric: Metric, theme: Theme) -> Any:
         for point in line:
             _draw_point(axes, point, look[point.result.variant], theme)
     _label(axes, theme, "numbers of the recurrent state of a sequence", _named(metric.label, metric))
-    if metric.unit == "%":
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if lines:
         _scale_state(axes, [point for line in lines for point in line])
+    if metric.unit == "%":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -_BEYOND), min(high, 1 + _BEYOND))
+    if lines:
         _name_points(axes, lines, theme)
     else:
         _say_empty(axes, theme, "no finished runs yet")

@@ -149,11 +149,11 @@ class Machine:
 
     def environment(self, slot: int) -> dict[str, str]:
         """Variables of the run in one of `parallel` slots."""
-        if self.gpus:
-            return os.environ | {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]}
         from training.setup import count_cores
 
-        return os.environ | {"OMP_NUM_THREADS": str(max(1, count_cores() // self.parallel))}
+        threads = {"OMP_NUM_THREADS": str(max(1, count_cores() // self.parallel))}
+        gpu = {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]} if self.gpus else {}
+        return os.environ | threads | gpu
 
 
 def find_machine(parallel: int | None) -> Machine:

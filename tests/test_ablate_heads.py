@@ -279,6 +279,7 @@ def test_each_run_gets_its_gpu_or_its_cores() -> None:
     two = Machine(4, ["3", "5"], "some GPU")
     assert [two.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["3", "5", "3", "5"]
     cores = len(os.sched_getaffinity(0))
+    assert two.environment(3)["OMP_NUM_THREADS"] == str(max(1, cores // 4))
     assert Machine(1, [], "cpu").environment(0)["OMP_NUM_THREADS"] == str(cores)
     assert Machine(10 * cores, [], "cpu").environment(3)["OMP_NUM_THREADS"] == "1"
 

@@ -263,6 +263,13 @@ def test_the_line_over_the_state_joins_variants_that_differ_in_their_heads_alone
     assert high > 3.5 + T1 * 0.1
 
 
+def test_the_axis_of_a_share_ends_where_shares_do() -> None:
+    runs = [result("1x768", seed, accuracy=share) for seed, share in enumerate((0.1, 1.0))]
+    (axes,) = draw_state(runs, METRICS["accuracy"], LIGHT).axes
+    low, high = axes.get_ylim()
+    assert -0.1 < low <= 0 < 1 <= high < 1.1
+
+
 def test_colours_follow_the_width_of_heads() -> None:
     names = ["1x768", "12x64", "4x192"]
     look = styles([result(name) for name in names] + [result("4x192 b=1", settings={"b": 1})], LIGHT)

@@ -107,3 +107,17 @@ def test_set_learning_rate_reaches_every_group() -> None:
     optimizer = build_optimizer(small_model(), OptimConfig(), "cpu")
     set_learning_rate(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+
+
+def test_learned_decays_have_a_learning_rate_of_their_own() -> None:
+    model = small_model()
+    model.decay_log = torch.nn.Parameter(torch.zeros(2))
+    assert [len(group["params"]) for group in parameter_groups(model, 0.1)] == [2, 4]
+    optimizer = build_optimizer(model, OptimConfig(learned_decay_lr_scale=30.0, weight_decay=0.0), "cpu")
+    set_learning_rate(optimizer, 0.01)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    (model(torch.tensor([3])).sum() + model.decay_log.sum()).backward()
+    optimizer.step()
+    moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in model.named_parameters()}
+    assert moved.pop("decay_log") == pytest.approx(0.3)
+    assert max(moved.values()) == pytest.approx(0.01, rel=1e-3)

@@ -21,6 +21,12 @@ STRATEGIES = ["ddp", "fsdp2", "zero2", "zero3"]
 
 
 @pytest.fixture(scope="module")
+def fault_arguments(fault_arguments: list[str]) -> list[str]:
+    """With a third group of parameters: decays that are learned at a rate of their own."""
+    return [*fault_arguments, "--model.decay=learned", "--optim.learned_decay_lr_scale=5"]
+
+
+@pytest.fixture(scope="module")
 def whole(template: Template, fault_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on one process with one micro-batch a step."""
     out = tmp_path_factory.mktemp("whole") / "run"

@@ -143,6 +143,8 @@ class OptimConfig:
         schedule: "cosine", or "wsd": warm-up, stable, then a linear decay over the last `decay_share` of the run.
         decay_share: share of the updates in which "wsd" decays.
         weight_decay: decoupled weight decay of matrices.
+        learned_decay_lr_scale: factor of the learning rate of the decays that `model.decay` learned learns. They are
+            kept as logarithms, which move by little more than the sum of the learning rates of all updates.
         beta1: decay rate of the first moment.
         beta2: decay rate of the second moment.
         eps: added to the root of the second moment.
@@ -155,6 +157,7 @@ class OptimConfig:
     schedule: Literal["cosine", "wsd"] = "cosine"
     decay_share: float = 0.2
     weight_decay: float = 0.1
+    learned_decay_lr_scale: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -330,8 +333,9 @@ def check(config: Config) -> None:
         if threads is not None and threads > _MOST_THREADS:
             raise ConfigError(f"{key}: expected {_MOST_THREADS:,} or fewer threads, got {threads}")
     optim, data = config.optim, config.data
-    if not optim.lr > 0:
-        raise ConfigError(f"optim.lr: expected a positive number, got {optim.lr}")
+    for key in ("lr", "learned_decay_lr_scale"):
+        if not getattr(optim, key) > 0:
+            raise ConfigError(f"optim.{key}: expected a positive number, got {getattr(optim, key)}")
     if not 0 <= optim.min_lr <= optim.lr:
         raise ConfigError(f"optim.min_lr: expected 0 to optim.lr = {optim.lr}, got {optim.min_lr}")
     for key in ("beta1", "beta2"):

@@ -1,4 +1,4 @@
-"""AdamW with decay on matrices only, and a learning rate that is a pure function of the step."""
+"""AdamW with weight decay on matrices only, and a learning rate that is a pure function of the step."""
 
 import math
 
@@ -8,23 +8,30 @@ from training.config import OptimConfig
 from training.errors import ConfigError
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Split the trained parameters of a model into those that decay, the matrices, and the rest.
+def parameter_groups(model: torch.nn.Module, weight_decay: float, learned_decay_lr_scale: float = 1.0) -> list[dict]:
+    """Split the trained parameters of a model into matrices, which weight decay makes smaller, and the rest.
 
     Args:
         model: its tied parameters count once, frozen ones not at all; those whose last name is in its
             `no_weight_decay`, if it has one, are no matrices.
         weight_decay: decoupled decay of the matrices, per unit of learning rate.
+        learned_decay_lr_scale: factor of the learning rate of every `decay_log`; unless it is 1 they are a group.
 
     Returns:
-        The non-empty groups, in a form that torch optimizers take.
+        The non-empty groups, in a form that torch optimizers take; `lr_scale` is the factor of a group's rate.
     """
     spared: set[str] = getattr(model, "no_weight_decay", set())
-    groups: list[dict] = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    matrices: dict = {"params": [], "weight_decay": weight_decay, "lr_scale": 1.0}
+    rest: dict = {"params": [], "weight_decay": 0.0, "lr_scale": 1.0}
+    decays: dict = {"params": [], "weight_decay": 0.0, "lr_scale": learned_decay_lr_scale}
+    groups = [matrices, rest, decays]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            matrix = parameter.ndim == 2 and name.rpartition(".")[2] not in spared
-            groups[0 if matrix else 1]["params"].append(parameter)
+            last = name.rpartition(".")[2]
+            group = matrices if parameter.ndim == 2 and last not in spared else rest
+            if last == "decay_log" and learned_decay_lr_scale != 1:
+                group = decays
+            group["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 
@@ -40,7 +47,7 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig, device: torch.d
         The optimizer, at the highest learning rate until `set_learning_rate` is called.
     """
     return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
+        parameter_groups(model, config.weight_decay, config.learned_decay_lr_scale),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -84,6 +91,6 @@ def _progress(step: int, start: int, end: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group of an optimizer."""
+    """Set the learning rate of every group of an optimizer to `lr` times the group's `lr_scale`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
