@@ -91,7 +91,7 @@ def draw(out: Path, results: Sequence[Result], metric: Metric) -> Figures:
         " training; a line is a run, a dot its last evaluation. The first evaluations may be outside.",
         "state": f"{metric.label.capitalize()} over the numbers of the recurrent state of a sequence. Open marks are"
         " runs, full ones means, bars their 95 % confidence intervals; lines join variants that differ in their heads"
-        " alone.",
+        " alone. Variants with other settings stand to the right of the size that they share.",
     }
     return Figures(files, dark, captions)
 
