@@ -286,13 +286,10 @@ def draw_state(results: Sequence[Result], metric: Metric, theme: Theme) -> Any:
         for point in line:
             _draw_point(axes, point, look[point.result.variant], theme)
     _label(axes, theme, "numbers of the recurrent state of a sequence", _named(metric.label, metric))
-    if lines:
-        _scale_state(axes, [point for line in lines for point in line])
     if metric.unit == "%":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        low, high = axes.get_ylim()
-        axes.set_ylim(max(low, -_BEYOND), min(high, 1 + _BEYOND))
     if lines:
+        _scale_state(axes, [point for line in lines for point in line], metric)
         _name_points(axes, lines, theme)
     else:
         _say_empty(axes, theme, "no finished runs yet")
@@ -337,7 +334,7 @@ def _draw_point(axes: Any, point: _Point, style: Style, theme: Theme) -> None:
         axes.plot(sizes, point.values, ls="none", markersize=4, mfc=theme.back, mew=1, zorder=3, label="runs", **look)
 
 
-def _scale_state(axes: Any, points: Sequence[_Point]) -> None:
+def _scale_state(axes: Any, points: Sequence[_Point], metric: Metric) -> None:
     """Mark the sizes that there are, as far apart as their labels need; matplotlib can't scale to points put aside."""
     from matplotlib.ticker import NullLocator
 
@@ -357,7 +354,8 @@ def _scale_state(axes: Any, points: Sequence[_Point]) -> None:
     ends = [value for point in points for value in point.values]
     ends += [point.found.mean + side * (point.found.half or 0) for point in points for side in (-1, 1)]
     margin = 0.07 * (max(ends) - min(ends)) or 0.01 * abs(ends[0]) or 0.01
-    axes.set_ylim(min(ends) - margin, max(ends) + margin)
+    bottom, top = min(ends) - margin, max(ends) + margin
+    axes.set_ylim((max(bottom, -_BEYOND), min(top, 1 + _BEYOND)) if metric.unit == "%" else (bottom, top))
 
 
 def _name_points(axes: Any, lines: Sequence[list[_Point]], theme: Theme) -> None:

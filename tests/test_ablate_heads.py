@@ -340,6 +340,10 @@ def test_the_configs_of_ablations_make_their_variants() -> None:
     for name, pairs in (("heads", ["12x64", "1x768", "12x64/1"]), ("demo", ["8x4", "1x32"])):
         file = str(ROOT / "configs" / "ablation" / f"{name}.yaml")
         assert len(make_variants(Base([file], []), pairs, (), ())) == len(pairs)
+    recall = str(ROOT / "configs" / "ablation" / "recall.yaml")
+    for n in (8, 16, 32):  # the three demands of docs/HEADS.md
+        keys = [f"--data.recall_pairs={n}", f"--data.sequence_length={4 * n}"]
+        assert len(make_variants(Base([recall], keys), ["8x8", "1x64"], (), ())) == 2
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ablation").glob("*.yaml")), ids=lambda path: path.stem)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from model import TransnormerConfig, TransnormerForCausalLM
 from training.config import OptimConfig
 from training.errors import ConfigError
 from training.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
@@ -110,14 +111,17 @@ def test_set_learning_rate_reaches_every_group() -> None:
 
 
 def test_learned_decays_have_a_learning_rate_of_their_own() -> None:
-    model = small_model()
-    model.decay_log = torch.nn.Parameter(torch.zeros(2))
-    assert [len(group["params"]) for group in parameter_groups(model, 0.1)] == [2, 4]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = TransnormerForCausalLM(TransnormerConfig(vocab_size=11, decay="learned", decay_slopes=[1, 0.5], **sizes))
     optimizer = build_optimizer(model, OptimConfig(learned_decay_lr_scale=30.0, weight_decay=0.0), "cpu")
     set_learning_rate(optimizer, 0.01)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    (model(torch.tensor([3])).sum() + model.decay_log.sum()).backward()
+    ids = torch.arange(11)[None]
+    model(ids, labels=ids).loss.backward()
     optimizer.step()
     moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in model.named_parameters()}
-    assert moved.pop("decay_log") == pytest.approx(0.3)
+    decays = [moved.pop(f"model.layers.{layer}.token_mixer.decay_log") for layer in (0, 1)]
+    assert decays[0] == pytest.approx(0.3, rel=1e-3)
+    assert 0 < decays[1] < 0.31
     assert max(moved.values()) == pytest.approx(0.01, rel=1e-3)

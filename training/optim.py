@@ -9,29 +9,28 @@ from training.errors import ConfigError
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float, learned_decay_lr_scale: float = 1.0) -> list[dict]:
-    """Split the trained parameters of a model into matrices, which weight decay makes smaller, and the rest.
+    """Split the trained parameters of a model into matrices, which alone have weight decay, learned decays and others.
 
     Args:
         model: its tied parameters count once, frozen ones not at all; those whose last name is in its
             `no_weight_decay`, if it has one, are no matrices.
         weight_decay: decoupled decay of the matrices, per unit of learning rate.
-        learned_decay_lr_scale: factor of the learning rate of every `decay_log`; unless it is 1 they are a group.
+        learned_decay_lr_scale: factor of the learning rate of the learned decays, every `decay_log`.
 
     Returns:
         The non-empty groups, in a form that torch optimizers take; `lr_scale` is the factor of a group's rate.
     """
     spared: set[str] = getattr(model, "no_weight_decay", set())
-    matrices: dict = {"params": [], "weight_decay": weight_decay, "lr_scale": 1.0}
-    rest: dict = {"params": [], "weight_decay": 0.0, "lr_scale": 1.0}
-    decays: dict = {"params": [], "weight_decay": 0.0, "lr_scale": learned_decay_lr_scale}
-    groups = [matrices, rest, decays]
+    groups: list[dict] = [
+        {"params": [], "weight_decay": weight_decay, "lr_scale": 1.0},
+        {"params": [], "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": [], "weight_decay": 0.0, "lr_scale": learned_decay_lr_scale},
+    ]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             last = name.rpartition(".")[2]
-            group = matrices if parameter.ndim == 2 and last not in spared else rest
-            if last == "decay_log" and learned_decay_lr_scale != 1:
-                group = decays
-            group["params"].append(parameter)
+            matrix = parameter.ndim == 2 and last not in spared
+            groups[0 if matrix else 2 if last == "decay_log" else 1]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 
