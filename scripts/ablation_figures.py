@@ -13,10 +13,12 @@ from training.errors import CheckpointError
 from training.metrics import read_records
 
 _DASHES: list[Any] = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (2, 1, 1, 1, 1, 1))]
-_MARKERS = "osD^vP"
+_MARKERS = "osD^vPX*<>p"
 _FEW = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")  # of Okabe and Ito
 _SETTLED = 0.2  # of a run's tokens: evaluations before are too far off to share a linear axis with the last ones
 _BEYOND = 0.04  # of what a share can be: intervals that reach farther are cut off
+_NAME_HEIGHT = 0.2  # inches that a name in a legend takes
+_NAMED = 12  # so many variants can have their names beside them, more are told by a legend
 _WIDE = 20.0  # ratio of losses, or of the runs' ends, from which on a logarithmic axis reads better
 
 
@@ -176,8 +178,9 @@ def draw_curves(curves: Sequence[Curve], metric: Metric, theme: Theme) -> Any:
     """Draw the metric over training tokens, FLOPs and seconds, a line a run; return matplotlib's figure."""
     from matplotlib.ticker import EngFormatter
 
-    figure, panels = _figure((10, 3.6), 3, theme)
     drawn = [curve for curve in curves if curve.tokens]
+    names = len({curve.result.variant for curve in drawn})
+    figure, panels = _figure((10, max(3.6, _NAME_HEIGHT * (names + 1))), 3, theme)
     seconds, unit = _time_unit([second for curve in drawn for second in curve.seconds if math.isfinite(second)])
     look = styles([curve.result for curve in curves], theme)
     for curve in drawn:
@@ -279,8 +282,10 @@ def draw_state(results: Sequence[Result], metric: Metric, theme: Theme) -> Any:
     """
     from matplotlib.ticker import PercentFormatter
 
-    figure, (axes,) = _figure((6.4, 4.2), 1, theme)
     look, lines = styles(results, theme), _lines(results, metric)
+    names = [point.result.variant for line in lines for point in line]
+    crowded = len(names) > _NAMED
+    figure, (axes,) = _figure((8.4, max(4.2, _NAME_HEIGHT * (len(names) + 1))) if crowded else (6.4, 4.2), 1, theme)
     for line in lines:
         _draw_means(axes, line, look[line[0].result.variant].dashes, theme)
         for point in line:
@@ -290,7 +295,10 @@ def draw_state(results: Sequence[Result], metric: Metric, theme: Theme) -> Any:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if lines:
         _scale_state(axes, [point for line in lines for point in line], metric)
-        _name_points(axes, lines, theme)
+        if crowded:
+            _legend(figure, {name: style for name, style in look.items() if name in names}, theme)
+        else:
+            _name_points(axes, lines, theme)
     else:
         _say_empty(axes, theme, "no finished runs yet")
     return figure

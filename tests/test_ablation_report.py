@@ -263,6 +263,24 @@ def test_the_line_over_the_state_joins_variants_that_differ_in_their_heads_alone
     assert high > 3.5 + T1 * 0.1
 
 
+def test_names_of_many_variants_fit_into_the_figure(tmp_path: Path) -> None:
+    shapes = ("12x64", "4x192", "1x768")
+    runs = [result(f"{shape} a={i}", loss=3 + i / 10, settings={"a": i}) for i in range(8) for shape in shapes]
+    for run in runs:
+        write_evaluations(tmp_path, run, [4.0, 3.5, 3.0])
+    look = styles(runs, LIGHT)
+    assert len({(repr(style.color), repr(style.dashes), style.marker) for style in look.values()}) == len(runs)
+    curves = [read_curve(tmp_path, run, LOSS) for run in runs]
+    for figure in (draw_curves(curves, LOSS, LIGHT), draw_state(runs, LOSS, LIGHT)):
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == [run.variant for run in runs]
+        box, whole = legend.get_window_extent(), figure.bbox
+        assert whole.y0 <= box.y0 < box.y1 <= whole.y1
+        assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+        assert not figure.axes[0].texts
+
+
 def test_the_axis_of_a_share_ends_where_shares_do() -> None:
     runs = [result("1x768", seed, accuracy=share) for seed, share in enumerate((0.1, 1.0))]
     (axes,) = draw_state(runs, METRICS["accuracy"], LIGHT).axes
