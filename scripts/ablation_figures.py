@@ -92,8 +92,8 @@ def draw(out: Path, results: Sequence[Result], metric: Metric) -> Figures:
         "curves": f"{_course(metric).capitalize()} of each evaluation over the tokens, the computation and the time of"
         " training; a line is a run, a dot its last evaluation. The first evaluations may be outside.",
         "state": f"{metric.label.capitalize()} over the numbers of the recurrent state of a sequence. Open marks are"
-        " runs, full ones means, bars their 95 % confidence intervals; lines join variants that differ in their heads"
-        " alone. Variants with other settings stand to the right of the size that they share.",
+        " runs, full ones means, bars their 95 % confidence intervals; lines join variants that differ in heads and"
+        " width alone. Variants with other settings or shared keys stand to the right of the size that they have.",
     }
     return Figures(files, dark, captions)
 
@@ -132,8 +132,8 @@ def styles(results: Sequence[Result], theme: Theme) -> dict[str, Style]:
 
     variants = {result.variant: result for result in results}
     shapes = sorted({_shape(result) for result in results})
-    settings = list(dict.fromkeys(repr(result.settings) for result in variants.values()))
-    if len(shapes) < 2 and len(settings) > 1:
+    kinds = list(dict.fromkeys(_kind(result) for result in variants.values()))
+    if len(shapes) < 2 and len(kinds) > 1:
         return {
             name: Style(_FEW[i % len(_FEW)], _DASHES[i // len(_FEW) % len(_DASHES)], _MARKERS[i % len(_MARKERS)])
             for i, name in enumerate(variants)
@@ -142,7 +142,7 @@ def styles(results: Sequence[Result], theme: Theme) -> dict[str, Style]:
     scale = colormaps["viridis"]
     found = {}
     for name, result in variants.items():
-        place, kind = shapes.index(_shape(result)) / max(len(shapes) - 1, 1), settings.index(repr(result.settings))
+        place, kind = shapes.index(_shape(result)) / max(len(shapes) - 1, 1), kinds.index(_kind(result))
         color = scale(low + (high - low) * place)
         found[name] = Style(color, _DASHES[kind % len(_DASHES)], _MARKERS[kind % len(_MARKERS)])
     return found
@@ -150,6 +150,11 @@ def styles(results: Sequence[Result], theme: Theme) -> dict[str, Style]:
 
 def _shape(result: Result) -> tuple[int, int, int]:
     return result.head_dim, result.heads, result.kv_heads
+
+
+def _kind(result: Result) -> tuple[str, int]:
+    """What is alike in variants that differ in heads and width alone."""
+    return repr(result.settings), 0 if result.kv_heads == result.heads else result.kv_heads
 
 
 def _figure(size: tuple[float, float], panels: int, theme: Theme) -> tuple[Any, list[Any]]:
@@ -256,7 +261,7 @@ def _legend(figure: Any, look: dict[str, Style], theme: Theme) -> None:
         return
     handles = [Line2D([], [], color=s.color, ls=s.dashes, marker=s.marker, markersize=3.5) for s in look.values()]
     placeholders = [str(i) for i in range(len(look))]
-    legend = figure.legend(handles, placeholders, loc="outside right center", frameon=False, handlelength=2.6)
+    legend = figure.legend(handles, placeholders, loc="outside right center", frameon=False, handlelength=4)
     for text, name in zip(legend.get_texts(), look, strict=True):
         text.set(text=name, parse_math=False, color=theme.text, fontsize=8.5)
 
@@ -310,12 +315,12 @@ def _lines(results: Sequence[Result], metric: Metric) -> list[list[_Point]]:
     for result in results:
         if metric.value(result) is not None and result.state_size > 0:
             variants.setdefault(result.variant, []).append(result)
-    settings = list(dict.fromkeys(repr(runs[0].settings) for runs in variants.values()))
-    lines: list[list[_Point]] = [[] for _ in settings]
+    kinds = list(dict.fromkeys(_kind(runs[0]) for runs in variants.values()))
+    lines: list[list[_Point]] = [[] for _ in kinds]
     for runs in sorted(variants.values(), key=lambda runs: runs[0].state_size):
         values = [value for run in runs if (value := metric.value(run)) is not None]
-        kind = settings.index(repr(runs[0].settings))
-        lines[kind].append(_Point(runs[0], estimate(values), values, kind * min(9.0, 45.0 / len(settings))))
+        kind = kinds.index(_kind(runs[0]))
+        lines[kind].append(_Point(runs[0], estimate(values), values, kind * min(9.0, 45.0 / len(kinds))))
     return lines
 
 

@@ -250,6 +250,7 @@ def test_damaged_evaluations_are_named(tmp_path: Path) -> None:
 def test_the_line_over_the_state_joins_variants_that_differ_in_their_heads_alone() -> None:
     runs = results_of({"1x768": [3.0, 3.2], "12x64": [3.4, 3.6], "4x192": [3.25]})
     runs.append(result("1x768 decay=learned", 0, 2.5, settings={"decay": "learned"}))
+    runs.append(result("12x64/1", 0, 3.7, kv_heads=1))
     (axes,) = draw_state(runs, LOSS, LIGHT).axes
     (means,) = [line for line in axes.lines if line.get_label() == "means"]
     assert list(means.get_xdata()) == [589_824, 1_769_472, 7_077_888]

@@ -2,10 +2,10 @@
 
 Source: Arora et al. 2023, "Zoology: Measuring and Improving Recall in Efficient Language Models", arXiv:2312.04927.
 A row of T tokens, for N pairs: `k1 v1 ... kN vN`, then (T - 2N) / 2 places of two tokens. N of them hold a key and
-its value, in any order; the others two random values. As in the paper the distance of a question from the end of the
-pairs follows a power law. Other than there the answer stands in the row, after its key: labels are the next token, as
-in any text, and those that are no answer don't count. Keys and values are characters of their own, which the tokenizer
-takes as one token each.
+its value; the others two random values. As in the paper each key in turn takes a free place, by a power law of its
+distance from the end of the pairs; where few places are free, early pairs tend to be asked early. Other than there the
+answer stands in the row, after its key: labels are the next token, as in any text, and those that are no answer don't
+count. Keys and values are characters of their own, which the tokenizer takes as one token each.
 """
 
 from collections.abc import Iterator
